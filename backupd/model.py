@@ -1,0 +1,374 @@
+"""The nouns, one word a thing, and the seams between the rooms.
+
+Nothing here does anything. Times are aware datetimes in UTC; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeAlias
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Facts: TypeAlias = Mapping[str, Json]
+"""What was true of a source at capture (row counts, key counts, digests): equal again after a restore."""
+
+Clock: TypeAlias = Callable[[], datetime]
+
+
+# --- the store ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    key: str
+    size: int
+    modified: datetime
+
+
+class Store(Protocol):
+    """Where objects live. Keys are made by `repository`: `/`-separated, [A-Za-z0-9._-] in each part.
+
+    After `put` returns, the object survives a crash and every later `get` and `list` sees it.
+    A `put` that failed leaves nothing that `list` shows.
+    """
+
+    @property
+    def location(self) -> str:
+        """For people: `/srv/backups` or `s3://bucket/prefix`. Never holds a secret."""
+
+    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+        """Store whole or not at all. Raises ObjectExists unless `overwrite`."""
+
+    def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """The bytes from `offset`, `length` of them or up to the end. Raises ObjectMissing.
+
+        A range that reaches past the end is short; the caller knows how much there must be.
+        """
+
+    def stat(self, key: str) -> ObjectInfo:
+        """Raises ObjectMissing."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, sorted by key. A failure raises; it is never a short list."""
+
+    def delete(self, key: str) -> None:
+        """Raises ObjectMissing where there is nothing."""
+
+    def lease(self, key: str, *, ttl: float = 60.0) -> AbstractContextManager[Lease]:
+        """Hold an exclusive lease. Raises Locked when another holds it, StoreError where the store cannot promise one."""
+
+
+class Lease(Protocol):
+    """Exclusive right to do something irreversible."""
+
+    @property
+    def token(self) -> int:
+        """Grows with every holder: a fencing token."""
+
+    def check(self) -> None:
+        """Call before every irreversible step. Raises Locked when the lease was lost."""
+
+
+# --- recovery points -----------------------------------------------------------------------------------
+
+
+class PointKind(StrEnum):
+    FULL = "full"
+    """Stands alone."""
+    LOG = "log"
+    """Continues one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPoint:
+    """A state of one source that can be restored."""
+
+    id: str
+    source: str
+    driver: str
+    kind: PointKind
+    instant: datetime
+    """The instant whose state a restore brings back."""
+    started: datetime
+    finished: datetime
+    size: int
+    """Bytes when restored."""
+    stored: int
+    """Bytes that the run added to the repository."""
+    members: int
+    warnings: tuple[str, ...] = ()
+    facts: Facts = field(default_factory=dict)
+    attributes: Mapping[str, Json] = field(default_factory=dict)
+    """What a restore must know: server version, image, databases. Never a secret."""
+
+
+# --- what a driver captures ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A directory, read by the archive engine itself: every kind of entry, with what each carries."""
+
+    root: Path
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    paged: tuple[str, ...] = ()
+    """Patterns of files that change in place in fixed pages (SQLite, PGDATA): cut at fixed offsets."""
+    page_size: int = 16384
+    one_file_system: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Bytes of unknown length under a member name; `chunks` raises at its end if what made it ended badly."""
+
+    name: str
+    chunks: Iterator[bytes]
+    paged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Streams, captured one after another; the iterator may start the next dump when it is asked for it."""
+
+    streams: Iterable[Stream]
+
+
+@dataclass(frozen=True, slots=True)
+class TarStream:
+    """A tree that can only be had as a tar (GNU, pax) from elsewhere: a volume behind a helper container."""
+
+    file: BinaryIO
+    exclude: tuple[str, ...] = ()
+    paged: tuple[str, ...] = ()
+
+
+Content: TypeAlias = Tree | Streams | TarStream
+
+
+@dataclass(slots=True)
+class Capture:
+    """What one capture yields. A driver may fill in `instant`, `facts`, `attributes` and `warnings` until its
+    context ends; a context that ends with an exception makes no recovery point."""
+
+    content: Content
+    instant: datetime
+    facts: dict[str, Json] = field(default_factory=dict)
+    attributes: dict[str, Json] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+# --- what a restore hands to a driver --------------------------------------------------------------------
+
+
+class MemberType(StrEnum):
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    HARDLINK = "hardlink"
+    FIFO = "fifo"
+    CHARACTER_DEVICE = "character-device"
+    BLOCK_DEVICE = "block-device"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry of an archive. `name` is relative, `/`-separated, undecodable bytes as surrogate escapes."""
+
+    name: str
+    type: MemberType
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    link: str = ""
+    """Where a symlink points; for a hard link, the name of the member it is another name of."""
+
+
+class Archive(Protocol):
+    """The bytes of one recovery point. Every byte handed out was compared with its digest first."""
+
+    @property
+    def point(self) -> RecoveryPoint: ...
+
+    def members(self) -> Iterator[Member]:
+        """In the order of the tree; a directory before what it holds."""
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """The content of one file or stream. Raises NoRecoveryPoint when there is none of that name, Damaged."""
+
+    def tar(self) -> Iterator[bytes]:
+        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly."""
+
+    def extract(self, into: Path) -> None:
+        """Write the tree under `into`, which must be empty or absent. Raises RestoreFailed, Damaged."""
+
+
+class Container(Protocol):
+    """One container, running or not."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def env(self) -> Mapping[str, str]: ...
+    @property
+    def running(self) -> bool: ...
+
+    def mount(self, destination: str) -> Path | None:
+        """The host directory behind a mount at `destination`, when this process can reach it."""
+
+    def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: Iterable[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> Iterator[bytes]:
+        """Run a program in it; stdout in chunks. Raises CommandFailed at the end when it ended badly. Secrets go
+        into `env`, never into `argv`."""
+
+    def read(self, path: str) -> Iterator[bytes]:
+        """A tar of `path`, made by the engine; works on a stopped container. No xattrs, whole seconds."""
+
+    def write(self, path: str, tar: Iterable[bytes]) -> None:
+        """Unpack a tar at `path`; works on a stopped container."""
+
+    def start(self) -> None: ...
+    def stop(self, *, timeout: int = 30) -> None: ...
+    def pause(self) -> None: ...
+    def unpause(self) -> None: ...
+
+    def address(self, port: int) -> tuple[str, int]:
+        """Where this process reaches a port of it."""
+
+    def logs(self, lines: int = 20) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """What a fresh home for a source needs."""
+
+    image: str
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    volumes: tuple[str, ...] = ()
+    """Where a fresh volume each is mounted."""
+    port: int | None = None
+    ready: tuple[str, ...] = ()
+    """A program that, run in the container, exits with 0 once the service answers."""
+    load_while: str = "running"
+    """`running`: load() is called when the service is ready. `stopped`: before its first start."""
+    service: bool = True
+    """False: nothing runs; the container only holds the volume (a volume source)."""
+
+
+class Sandbox(Protocol):
+    """Fresh containers on a private network for one restore."""
+
+    @property
+    def name(self) -> str: ...
+
+    def create(self, source: str, spec: ContainerSpec) -> Container:
+        """Made, not started; on the private network its host name is `source`."""
+
+    def wait_ready(self, container: Container, spec: ContainerSpec, *, timeout: float = 120.0) -> None:
+        """Raises RestoreFailed with the container's last lines when it does not get ready."""
+
+    def destroy(self) -> None:
+        """Containers, volumes and network: all that this sandbox made, and nothing else."""
+
+
+# --- drivers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something `check` found, and how to mend it."""
+
+    message: str
+    hint: str = ""
+    fatal: bool = True
+
+
+class Driver(Protocol):
+    """How one kind of source is captured, restored, checked."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def capture(self, since: RecoveryPoint | None) -> AbstractContextManager[Capture]:
+        """Capture now. Raises CaptureFailed with a hint."""
+
+    def home(self, point: RecoveryPoint) -> ContainerSpec:
+        """What a fresh container for this point must be."""
+
+    def load(self, archive: Archive, container: Container) -> None:
+        """Bring the point back into a fresh container, in the state `home().load_while` names.
+        Raises RestoreFailed where the container already holds data, or the load does not end well."""
+
+    def facts(self, container: Container) -> Facts:
+        """The same measurement as at capture, on a restored, running container."""
+
+    def check(self) -> Sequence[Problem]:
+        """Is the source reachable, readable, of a supported version? Touches nothing."""
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+
+class RunStatus(StrEnum):
+    OK = "ok"
+    WARNED = "warned"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    """Told to stop, or the agent died."""
+    REFUSED = "refused"
+    """The one before it was still at work."""
+    MISSED = "missed"
+    """The agent was not there when it was due."""
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One doing of a job: backup, restore, prune, verify; also one that should have happened and did not."""
+
+    id: str
+    job: str
+    """`backup`, `restore`, `prune`, `verify`."""
+    source: str
+    """Source or stack; empty for work on the whole repository."""
+    status: RunStatus
+    started: datetime
+    finished: datetime | None = None
+    due: datetime | None = None
+    """When the schedule wanted it; None when a person did."""
+    point: str = ""
+    size: int = 0
+    stored: int = 0
+    message: str = ""
+    """What failed, and what to do; empty when all is well."""
+    warnings: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Told of work as it goes; drawn by `cli`, ignored by tests."""
+
+    def stage(self, text: str) -> None: ...
+    def advance(self, size: int = 0, members: int = 0) -> None: ...
+
+
+class Silence:
+    """A Progress that says nothing."""
+
+    def stage(self, text: str) -> None: ...
+    def advance(self, size: int = 0, members: int = 0) -> None: ...
