@@ -56,8 +56,10 @@ def wait_until(
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, each a different one; never of the range the kernel hands out, so that a
-    connection of a parallel test cannot take one between the choice and the use."""
+    """Ports that nobody listens on now, each a different one.
+
+    Never of the range the kernel hands out: a connection of a parallel test could take one before its use.
+    """
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     chosen: list[int] = []
     while len(chosen) < count:
@@ -73,11 +75,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def die_with_parent() -> None:
-    """Run in the child before exec: the kernel ends it when the process that started it is gone, however it went."""
+    """Run in the child before exec: the kernel ends it when the process that started it is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-# --- containers -------------------------------------------------------------------------------------------------------
+# --- containers ----------------------------------------------------------------------------------------
 
 
 def _process_id(pid: int) -> str:
@@ -101,12 +103,13 @@ def _abandoned(of: Mapping[str, str]) -> bool:
 
 def sweep(client: docker.DockerClient) -> None:
     """Remove what test processes that are gone left behind."""
-    mine = {"label": f"{LABEL}=1"}
+    mine: dict[str, str | list[str] | bool] = {"label": f"{LABEL}=1"}
     for container in client.containers.list(all=True, filters=mine, ignore_removed=True):
         if _abandoned(container.labels):
             with contextlib.suppress(docker.errors.APIError):
                 container.remove(force=True, v=True)
-    for thing in [*client.networks.list(filters=mine), *client.volumes.list(filters=mine)]:
+    others: list[Any] = [*client.networks.list(filters=mine), *client.volumes.list(filters=mine)]
+    for thing in others:
         if _abandoned(thing.attrs.get("Labels") or {}):
             with contextlib.suppress(docker.errors.APIError):
                 thing.remove()
@@ -134,14 +137,15 @@ class Service:
     def exec(self, *argv: str, env: Mapping[str, str] | None = None, user: str = "") -> str:
         """Run a program in it. Raises AssertionError with what it said when it ends badly."""
         code, output = self.container.exec_run(list(argv), environment=dict(env or {}), user=user)
-        text: str = output.decode(errors="replace")
+        assert isinstance(output, bytes)
+        text = output.decode(errors="replace")
         assert code == 0, f"{argv[0]} ended with {code}: {text}"
         return text
 
     def refresh_port(self, port: int) -> None:
         """After a restart the engine may publish another port."""
         self.container.reload()
-        self.port = int(self.container.ports[f"{port}/tcp"][0]["HostPort"])
+        self.port = int((self.container.ports[f"{port}/tcp"] or [])[0]["HostPort"])
 
 
 @dataclass(slots=True)
@@ -167,17 +171,19 @@ class Services:
         start: bool = True,
         **options: Any,
     ) -> Service:
-        """Any container. `volumes`: volume name or host path -> mount point; `options` go to docker-py as they are."""
+        """Any container. `volumes`: volume name or host path -> mount point; `options` go to docker-py."""
         name = name or f"backupd-test-{secrets.token_hex(4)}"
+        if network and not aliases:
+            options["network"] = network
+        published: dict[str, Any] = {f"{port}/tcp": ("127.0.0.1", None)} if port else {}
         made = self.client.containers.create(
             image,
             list(command) if command is not None else None,
             name=name,
             environment=dict(env or {}),
-            ports={f"{port}/tcp": ("127.0.0.1", None)} if port else {},
+            ports=published,
             volumes={source: {"bind": at, "mode": "rw"} for source, at in (volumes or {}).items()},
             labels={**labels(), **(extra_labels or {})},
-            **({} if network is None or aliases else {"network": network}),
             **options,
         )
         self._containers.append(made)
@@ -217,7 +223,7 @@ class Services:
         fast: bool = True,
         **options: Any,
     ) -> Service:
-        """A PostgreSQL server that answers queries. `fast` turns fsync off; `volume` holds its data directory."""
+        """A PostgreSQL server that answers. `fast` turns fsync off; `volume` holds its data directory."""
         settings = ["-c", "fsync=off", "-c", "shared_buffers=16MB"] if fast else []
         service = self.container(
             image,
@@ -351,7 +357,7 @@ def http_get(service: Service, path: str) -> bytes | None:
         connection.close()
 
 
-# --- S3 ---------------------------------------------------------------------------------------------------------------
+# --- S3 ------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -425,7 +431,7 @@ def s3_server(*, extra: Sequence[str] = ()) -> Iterator[S3Server]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C at the terminal is for pytest, which then stops it here
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  one prctl; no lock is taken
             )
         server = S3Server(f"http://127.0.0.1:{s3_port}", access, secret, process=process)
         _wait_for_s3(server, log)
