@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -91,3 +92,45 @@ def s3_server() -> Iterator[bed.S3Server]:
     """One S3 server for the session: take a `new_bucket()` each."""
     with bed.s3_server() as server:
         yield server
+
+
+# --- what was exercised -------------------------------------------------------------------------------
+
+REQUIRED = ("Docker engine", "PostgreSQL", "Redis", "ChromaDB", "S3 server")
+
+
+def _is_full_run(config: pytest.Config) -> bool:
+    chosen = config.option.keyword or config.option.markexpr or config.option.collectonly
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Gather what a parallel worker exercised."""
+    bed.exercised.update(getattr(node, "workeroutput", {}).get("exercised", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A full run in which a real part took no part has failed: a missing part is never skipped in silence."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["exercised"] = dict(bed.exercised)
+        return
+    missing = [part for part in REQUIRED if part not in bed.exercised]
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if missing and reporter and _is_full_run(session.config) and exitstatus != pytest.ExitCode.INTERRUPTED:
+        report = pytest.CollectReport(
+            "real parts", "failed", f"required, and not exercised: {', '.join(missing)}", []
+        )
+        reporter.stats.setdefault("error", []).append(report)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+    """Name the real parts, as the last lines before the count of tests."""
+    yield
+    if bed.exercised or _is_full_run(config):
+        terminalreporter.write_sep("-", "real parts exercised")
+        for part in dict.fromkeys((*REQUIRED, *bed.exercised)):
+            terminalreporter.write_line(f"{part:15} {bed.exercised.get(part, 'NOT EXERCISED')}")
