@@ -107,7 +107,18 @@ start_engine() {
 # --- stand-ins ---------------------------------------------------------------------------------------
 
 have() { docker image inspect "$1" >/dev/null 2>&1; }
-is_standin() { [ "$(docker image inspect -f '{{index .Config.Labels "standin"}}' "$1" 2>/dev/null)" = 1 ]; }
+label_of() { docker image inspect -f "{{index .Config.Labels \"$2\"}}" "$1" 2>/dev/null; }
+is_standin() { [ "$(label_of "$1" standin)" = 1 ]; }
+folder_of() { # IMAGE: where its stand-in is described
+  case $1 in
+    chromadb/*) echo chroma ;;
+    *) echo "${1%%:*}" ;;
+  esac
+}
+recipe_of() { # IMAGE: changes with everything its stand-in is made from, so that an older one is made again
+  cat "$here/images/base/mkbase.sh" "$here/pins.txt" "$here/images/$(folder_of "$1")"/* | sha256sum | cut -c1-12
+}
+is_current() { ! is_standin "$1" || [ "$(label_of "$1" standin.recipe)" = "$(recipe_of "$1")" ]; }
 size_of() { docker image inspect -f '{{.Size}}' "$1" | awk '{printf "%.0f MB", $1 / 1e6}'; }
 
 work=
@@ -139,8 +150,8 @@ build() { # TAG CONTEXT [BUILD-ARG...]
   local tag=$1 context=$2
   shift 2
   # the classic builder: every client and engine has it, and no frontend image is needed
-  DOCKER_BUILDKIT=0 docker build -q --network none --build-arg BASE="$base" "$@" -t "$tag" "$context" \
-    >/dev/null 2>"$work/err" || die "docker build $tag: $(cat "$work/err")"
+  DOCKER_BUILDKIT=0 docker build -q --network none --build-arg BASE="$base" \
+    --label "standin.recipe=$(recipe_of "$tag")" "$@" -t "$tag" "$context" >/dev/null 2>"$work/err" || die "docker build $tag: $(cat "$work/err")"
   say "built stand-in $tag ($(size_of "$tag"))"
 }
 
@@ -199,7 +210,7 @@ python_standin() {
 # --- all of it ---------------------------------------------------------------------------------------
 
 provide() {
-  if have "$1" && [ "$STANDINS" != always ]; then
+  if have "$1" && is_current "$1" && [ "$STANDINS" != always ]; then
     say "have $1$(is_standin "$1" && echo ' (stand-in)' || :)"
   elif [ "$STANDINS" != always ] && timeout "$PULL_TIMEOUT" docker pull -q "$1" >/dev/null 2>&1; then
     say "pulled $1"
