@@ -136,8 +136,11 @@ class Catalog:
                 ended = replace(run, status=RunStatus.ABANDONED, finished=now, message=_DIED)
                 self.record(ended)
                 stale.append(ended)
-            with suppress(OSError):
-                self._alive_path(agent).unlink()
+        for path in self.path.parent.glob(
+            f"{self.path.name}.alive-*"
+        ):  # also of agents that left no run open
+            if path != self._alive_path(self._agent):
+                self._is_dead(path.name.rpartition("-")[2])
         return sorted(stale, key=lambda run: run.started)
 
     def learn(self, points: Iterable[RecoveryPoint]) -> int:
@@ -286,21 +289,30 @@ class Catalog:
 
     def _show_alive(self) -> None:
         with self._lock:
-            if self._alive is None:
+            while self._alive is None:
+                path = self._alive_path(self._agent)
                 try:
-                    file = self._alive_path(self._agent).open("wb")
+                    file = path.open("wb")
                     fcntl.flock(file, fcntl.LOCK_EX)
+                    # another process may have swept the file away before it was locked
+                    with suppress(FileNotFoundError):
+                        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                            self._alive = file
+                            return
+                    file.close()
                 except OSError as error:
                     raise UsageError(
                         f"cannot write beside the catalog {self.path}: {error}",
                         hint="set BACKUPD_STATE to a directory that this user may write",
                     ) from error
-                self._alive = file
 
     def _is_dead(self, agent: str) -> bool:
+        """Whether its process has ended; its file is then removed."""
+        path = self._alive_path(agent)
         try:
-            with self._alive_path(agent).open("rb") as file:
+            with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)  # while locked: see `_show_alive`
         except FileNotFoundError:
             return True
         except BlockingIOError:
