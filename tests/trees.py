@@ -15,7 +15,7 @@ _UNDEFINED = 0xFFFFFFFF
 
 
 def acl(*entries: tuple[int, int, int]) -> bytes:
-    """The xattr of a POSIX ACL from (tag, permissions, id); tags: 1, 2 user, 4, 8 group, 16 mask, 32 other."""
+    """The xattr of a POSIX ACL from (tag, permissions, id); tags 1, 2 user, 4, 8 group, 16 mask, 32 other."""
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
@@ -188,7 +188,7 @@ def _times(root: Path) -> None:
 
 
 def make_beyond_path_max(root: Path) -> int:
-    """A file under more than 4,096 bytes of path, reachable by directory handles only. Returns that length."""
+    """A file under more than 4,096 bytes of path, reachable by directory handles only; returns its length."""
     root.mkdir(parents=True, exist_ok=True)
     at = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     length = 0

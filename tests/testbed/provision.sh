@@ -224,4 +224,5 @@ provide() {
 exec 9>"${TMPDIR:-/tmp}/backupd-provision.lock"
 flock 9 # two provisions at once would start two engines
 ensure_engine
+command -v bsdtar >/dev/null || apt_install libarchive-tools # a second reader of what we write
 for image in "${@:-${default_images[@]}}"; do provide "$image"; done

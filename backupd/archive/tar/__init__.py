@@ -4,7 +4,7 @@ Written here, it is read back byte for byte by GNU tar, bsdtar, Docker and Pytho
 throughout: a file's name in Linux is bytes, and so is tar's.
 """
 
-from backupd.archive.tar.acl import acl_from_text
+from backupd.archive.tar.acl import acl_from_text, acl_to_text
 from backupd.archive.tar.read import TarEntry, TarReader
 from backupd.archive.tar.write import (
     BLOCK,
@@ -35,6 +35,7 @@ __all__ = [
     "TarEntry",
     "TarReader",
     "acl_from_text",
+    "acl_to_text",
     "file_header",
     "header",
     "padding",

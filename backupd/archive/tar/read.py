@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from struct import Struct
 from typing import BinaryIO
 from zlib import adler32
 
-from backupd.archive.tar.acl import acl_from_text
+from backupd.archive.tar.acl import TEXT_KEYS, acl_from_text
 from backupd.archive.tar.write import (
     BLOCK,
     BLOCK_DEVICE,
@@ -63,10 +64,8 @@ _ENTRY_TYPES = {
     b"6": FIFO,
 }
 _XATTR = b"SCHILY.xattr."
-_ACLS = {
-    b"SCHILY.acl.access": b"system.posix_acl_access",
-    b"SCHILY.acl.default": b"system.posix_acl_default",
-}
+_NEVER = 1 << 67
+"""Nanoseconds: some thousand years away. 64 bits of them end in 2262, file systems go to 2446."""
 _META_MAX = 64 << 20
 """No pax header, long name or sparse map is larger; a damaged size must not eat the memory."""
 
@@ -264,9 +263,14 @@ class TarReader:
             raise self._damaged(f"an extended header with the number {text[:40]!r}") from None
 
     def _time(self, text: bytes) -> int:
-        whole, _, fraction = text.partition(b".")
-        value = abs(self._decimal(whole or b"0")) * 1_000_000_000 + self._decimal(fraction[:9].ljust(9, b"0"))
-        return -value if text.startswith(b"-") else value
+        """Seconds as a decimal, exactly; Python's tarfile also writes `1e-09`."""
+        try:
+            value = int(Decimal(text.decode("ascii")).scaleb(9))
+        except (ArithmeticError, ValueError):
+            value = _NEVER
+        if abs(value) >= _NEVER:
+            raise self._damaged(f"an extended header with the time {text[:40]!r}")
+        return value
 
     def _entry(
         self,
@@ -334,8 +338,8 @@ class TarReader:
                 entry.mtime_ns = self._time(value)
             elif key in (b"size", b"uid", b"gid"):
                 setattr(entry, key.decode(), self._decimal(value))
-            elif key in _ACLS:
-                acls.append((_ACLS[key], value))
+            elif key in TEXT_KEYS:
+                acls.append((TEXT_KEYS[key], value))
             elif key == b"RHT.security.selinux":
                 entry.xattrs.setdefault(b"security.selinux", value + b"\0")
         for attribute, text in acls:

@@ -9,7 +9,10 @@ Source: POSIX.1-2017, pax Interchange Format; the manual of GNU tar, "Storing Sp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from zlib import adler32
+
+from backupd.archive.tar.acl import TEXT_KEYS, acl_to_text
 
 BLOCK = 512
 END = bytes(1024)
@@ -119,6 +122,7 @@ def header(
         stored = 0
     if xattrs:
         records += [(_XATTR + _quote(key), value) for key, value in sorted(xattrs.items())]
+        records += _acl_records(xattrs)
     ustar = _ustar(short, mode, uid, gid, stored, seconds, typeflag, link[:100], device, prefix)
     return _pax(records) + ustar + blocks if records else ustar
 
@@ -200,6 +204,16 @@ def _pax_time(nanoseconds: int) -> bytes:
     whole, fraction = divmod(abs(nanoseconds), 1_000_000_000)
     text = b"%s%d" % (b"-" if nanoseconds < 0 else b"", whole)
     return text + (b".%09d" % fraction).rstrip(b"0") if fraction else text
+
+
+def _acl_records(xattrs: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """ACLs once more as text, for `tar --acls`."""
+    records: list[tuple[bytes, bytes]] = []
+    for key, attribute in TEXT_KEYS.items():
+        if attribute in xattrs:
+            with suppress(ValueError):  # an ACL of an unknown kind stays an attribute
+                records.append((key, acl_to_text(xattrs[attribute])))
+    return records
 
 
 def _quote(key: bytes) -> bytes:
