@@ -1,0 +1,217 @@
+"""Where a Redis server keeps its data, and how a dump is laid there so that the server takes it up.
+
+The trap: a server with `appendonly yes` ignores dump.rdb and comes up empty. It reads, from version 7 on,
+`appendonlydir/` by its manifest, whose base may be an RDB; before that, one file that may begin with an RDB.
+So the same dump is laid where each of them looks: one file with two names, neither ever changed in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from tarfile import TarFile, TarInfo
+
+from backupd.drivers import _tarstream
+from backupd.drivers.rdb import MAGIC, RdbCheck
+from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
+from backupd.errors import CaptureFailed, ContainerError, RestoreFailed
+from backupd.model import Container
+
+DATA = "/data"
+_REDIS_UID = 999  # in the official images; their start script gives the files to `redis` anyway
+_READY_WITHIN = 60.0
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Home:
+    """How a server is set up to find its data."""
+
+    directory: str = DATA
+    dbfilename: str = "dump.rdb"
+    appendonly: bool = False
+    appenddirname: str = "appendonlydir"
+    appendfilename: str = "appendonly.aof"
+    major: int = 7
+    uid: int = _REDIS_UID
+    gid: int = _REDIS_UID
+
+
+def layout(home: Home, size: int, dump: Iterable[bytes]) -> Iterator[bytes]:
+    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back. Pure."""
+    entry = partial(_tarstream.entry, uid=home.uid, gid=home.gid)
+    first = home.dbfilename
+    if home.appendonly and home.major >= 7:
+        base = f"{home.appendfilename}.1.base.rdb"
+        increment = f"{home.appendfilename}.1.incr.aof"
+        manifest = f"file {base} seq 1 type b\nfile {increment} seq 1 type i\n".encode()
+        folder = f"{home.appenddirname}/"
+        yield entry(folder, mode=0o755)
+        yield entry(folder + increment)
+        yield entry(f"{folder}{home.appendfilename}.manifest", size=len(manifest))
+        yield manifest + _tarstream.padding(len(manifest))
+        first = folder + base
+    elif home.appendonly:
+        first = home.appendfilename  # appended to in place: never a second name of the dump
+    yield entry(first, size=size)
+    yield from _measured(dump, size)
+    yield _tarstream.padding(size)
+    if first.startswith(home.appenddirname + "/"):
+        yield entry(home.dbfilename, link=first)
+    yield _tarstream.END
+
+
+def _measured(dump: Iterable[bytes], size: int) -> Iterator[bytes]:
+    left = size
+    for chunk in dump:
+        left -= len(chunk)
+        yield chunk
+    if left:
+        raise RestoreFailed(
+            f"the archived dump is {-left:+d} bytes off its length", hint="run backupd verify"
+        )
+
+
+def refuse_used(container: Container, directory: str) -> None:
+    """Raise RestoreFailed where the directory holds a dump or a log with anything in it."""
+    try:
+        with _tarstream.open_tar(container.read(directory)) as tar:
+            used = next((entry.name for entry in tar if entry.isfile() and _used(tar, entry)), "")
+    except ContainerError:
+        return  # the directory is not there yet
+    if used:
+        raise RestoreFailed(
+            f"{container.name} already holds data: {used.partition('/')[2] or used} is not empty",
+            hint="restore into a container with an empty volume; nothing was changed",
+        )
+
+
+def _used(tar: TarFile, entry: TarInfo) -> bool:
+    content = tar.extractfile(entry)
+    if content is None:
+        return False
+    head = content.read(_CHUNK)
+    if not head.startswith(MAGIC):
+        return bool(head) and ".aof" in entry.name and not entry.name.endswith(".manifest")
+    check = RdbCheck()
+    try:
+        while head:
+            check.feed(head)
+            if any(d.keys for d in check.summary.databases.values()):
+                return True
+            head = content.read(_CHUNK)
+        return not check.finish().empty
+    except CaptureFailed:
+        return True  # not whole, but not nothing either
+
+
+def reach(container: Container, address: RedisAddress, *, timeout: float = _READY_WITHIN) -> Connection:
+    """A connection to the server in a running container, once it has loaded its data.
+
+    `address` gives the password; a server that has none is asked without. Raises RestoreFailed.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return _reach_once(container, address)
+        except (RedisError, ContainerError) as error:
+            final = isinstance(error, RedisError) and error.code not in ("", "LOADING")
+            if final or time.monotonic() > deadline or not container.running:
+                last = container.logs().strip()
+                raise RestoreFailed(
+                    f"the Redis server in {container.name} does not answer: {error.message}",
+                    hint=error.hint if final or not last else f"its last lines: {last[-500:]}",
+                ) from error
+        time.sleep(0.1)
+
+
+def _reach_once(container: Container, address: RedisAddress) -> Connection:
+    host, port = container.address(6379)
+    try:
+        server = Connection(RedisAddress(host, port, username=address.username, password=address.password))
+    except RedisError as error:
+        if error.code not in ("ERR", "WRONGPASS") or not address.password:
+            raise
+        server = Connection(RedisAddress(host, port))  # a fresh server knows no passwords
+    try:
+        server.call("PING")
+        if server.info("persistence").get("loading") == "1":
+            raise RedisError("it is loading its data", code="LOADING")
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def look_round(server: Connection, container: Container) -> Home:
+    """How this server is set up. Raises RestoreFailed where it must not be restored into."""
+    keys = server.info("keyspace")
+    if keys:
+        raise RestoreFailed(
+            f"the Redis server in {container.name} already holds keys in {', '.join(sorted(keys))}",
+            hint="restore into a fresh container; nothing was changed",
+        )
+    role = server.info("replication")
+    if role.get("role") == "slave":
+        raise RestoreFailed(
+            f"{container.name} is a replica of {role.get('master_host')}, which would wipe what is restored",
+            hint="restore into the master, or into a container that follows nobody",
+        )
+    if server.info("cluster").get("cluster_enabled") == "1":
+        raise RestoreFailed(
+            f"{container.name} is a node of a cluster: it drops the keys of slots that are not its own",
+            hint="restore into a server with cluster-enabled no",
+        )
+    found = server.config("dir", "dbfilename", "appenddirname", "appendfilename")
+    about = server.info("server")
+    version = about.get("redis_version", "7")
+    directory = found.get("dir", DATA)
+    uid, gid = _owner(container, directory)
+    return Home(
+        directory=directory,
+        dbfilename=found.get("dbfilename", Home.dbfilename),
+        appendonly=server.info("persistence").get("aof_enabled") == "1",
+        appenddirname=found.get("appenddirname", Home.appenddirname),
+        appendfilename=found.get("appendfilename", Home.appendfilename),
+        major=int(version.partition(".")[0]),
+        uid=uid,
+        gid=gid,
+    )
+
+
+def _owner(container: Container, directory: str) -> tuple[int, int]:
+    with _tarstream.open_tar(container.read(directory)) as tar:
+        head = tar.next()
+    if head is None or head.uid == 0:
+        return _REDIS_UID, _REDIS_UID
+    return head.uid, head.gid
+
+
+def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
+    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+
+    A container that was not is started for a second, empty: only the server itself knows for sure where it
+    looks for its data. Raises RestoreFailed, with nothing changed, where it holds data already.
+    """
+    was_running = container.running
+    if not was_running:
+        refuse_used(container, DATA)
+        container.start()
+    try:
+        with reach(container, address) as server:
+            home = look_round(server, container)
+            refuse_used(container, home.directory)
+            with contextlib.suppress(RedisError):  # else it would write an empty dump when it is stopped
+                server.call("CONFIG", "SET", "save", "")
+    except BaseException:
+        if not was_running:
+            container.stop()
+        raise
+    container.stop()
+    container.write(home.directory, layout(home, size, dump))
+    if was_running:
+        container.start()
+        reach(container, address, timeout=3600).close()
