@@ -160,8 +160,9 @@ class Scheduler:
         with self._lock:
             self._stopping = True
             at_work = [" ".join(key).strip() for key, active in self._active.items() if active.at_work]
-        if self._timer is not None:
-            self._timer.shutdown(wait=False)
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.shutdown(wait=False)
         for lane in self._lanes.values():
             for _ in lane.threads:
                 lane.tasks.put(None)
