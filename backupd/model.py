@@ -31,10 +31,11 @@ class ObjectInfo:
 
 
 class Store(Protocol):
-    """Where objects live. Keys are made by `repository`: `/`-separated, [A-Za-z0-9._-] in each part.
+    """Where objects live. Keys are made by `repository`: `/`-separated, each part of [A-Za-z0-9._-] and not
+    beginning with a dot; no key is the directory of another (`a` and `a/b`).
 
-    After `put` returns, the object survives a crash and every later `get` and `list` sees it.
-    A `put` that failed leaves nothing that `list` shows.
+    Every method may be called from several threads at once, and raises StoreError, of one line and a hint,
+    `transient` where trying again may help. Other names than keys are refused, and never shown.
     """
 
     @property
@@ -42,25 +43,35 @@ class Store(Protocol):
         """For people: `/srv/backups` or `s3://bucket/prefix`. Never holds a secret."""
 
     def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
-        """Store whole or not at all. Raises ObjectExists unless `overwrite`."""
+        """Store whole or not at all. Raises ObjectExists unless `overwrite`; of several for one key, one wins.
+
+        After it returns, the object survives a crash and every later `get` and `list` sees it. One that
+        failed leaves nothing that `list` shows, except that the whole object may be there when the answer of
+        a distant store was lost for good.
+        """
 
     def get(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """The bytes from `offset`, `length` of them or up to the end. Raises ObjectMissing.
 
-        A range that reaches past the end is short; the caller knows how much there must be.
+        A range that reaches past the end is short; the caller knows how much there must be. An answer cut
+        short raises; a bit flipped on the way here is not noticed, so the caller compares digests.
         """
 
     def stat(self, key: str) -> ObjectInfo:
         """Raises ObjectMissing."""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, sorted by key. A failure raises; it is never a short list."""
+        """Every object whose key starts with `prefix`, sorted by key. A failure raises; no list is ever short."""
 
     def delete(self, key: str) -> None:
         """Raises ObjectMissing where there is nothing."""
 
     def lease(self, key: str, *, ttl: float = 60.0) -> AbstractContextManager[Lease]:
-        """Hold an exclusive lease. Raises Locked when another holds it, StoreError where the store cannot promise one."""
+        """Hold an exclusive lease, whose record stays under `key`: removing that breaks the lease.
+
+        Raises Locked when another holds it, StoreError where the store cannot promise one. A holder that died
+        is replaced, at the latest after waiting 1.5 * ttl seconds.
+        """
 
 
 class Lease(Protocol):

@@ -389,7 +389,7 @@ def _refused(client: S3Client, **put: Any) -> bool:
 
 
 def _keeps_conditions(client: S3Client, one: dict[str, Any], many: dict[str, Any]) -> bool:
-    """Does a PUT keep its condition, and of eight at once one win? Some servers look first and write later."""
+    """Does a PUT keep its condition, and of eight at once one win? Some servers look, then write."""
     tag = client.put_object(**one, Body=b"1")["ETag"]
     if not (
         _refused(client, **one, Body=b"2", IfNoneMatch="*")
