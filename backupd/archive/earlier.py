@@ -1,0 +1,177 @@
+"""What earlier runs of a source have stored that this one need not store again.
+
+Pages of the latest point (and of runs that were interrupted) are taken over whole when their stat tuples digest to
+the same value. Content of every pack that is there is found by its digest; that table is loaded only when something
+changed. Packs count whether or not a manifest names them: what an interrupted run stored is as good as any.
+"""
+
+from __future__ import annotations
+
+import bisect
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cached_property
+
+from backupd.archive.known import KnownContent
+from backupd.archive.pack import TAIL_SIZE, Directory, decode_directory, directory_length
+from backupd.archive.page import CONTENT, NAME, Page, Pieces, Row, decode_page, extra_of, pieces_of
+from backupd.archive.pipeline import page_from_row
+from backupd.errors import Damaged
+from backupd.model import ObjectInfo
+from backupd.repository import Manifest, PackRef, PageRef, Repository
+
+ORPHAN_AGE = timedelta(hours=12)
+"""Packs of interrupted runs are used while younger than this; prune removes them when they are older than a day,
+so that no run can come to need one that is just being removed."""
+_READERS = 4
+
+
+class Earlier:
+    """Everything reusable of one source. `skipped` names packs whose directory could not be read: not used."""
+
+    def __init__(self, repository: Repository, source: str) -> None:
+        self._repository = repository
+        self._source = source
+        self.latest: Manifest | None = repository.latest(source)
+        self._objects: dict[str, ObjectInfo] = dict(repository.packs(source))
+        named = {pack.name: pack for pack in self.latest.packs} if self.latest else {}
+        # A page whose packs are not all there is not taken over: its content will be stored again.
+        self._refs: dict[str, PackRef] = {name: ref for name, ref in named.items() if name in self._objects}
+        self._orphans = self._find_orphans()
+        self._directories: dict[str, Directory] = {}
+        self.skipped: list[str] = []
+        pages = self.latest.pages if self.latest else ()
+        self._pages = {page.stat: page for page in pages if page.stat}
+        self._row: tuple[PageRef, ...] = pages if self.latest and self.latest.ordered else ()
+        self._firsts = [page.first for page in self._row]
+        self._cache: dict[int, dict[tuple[str, str], tuple[Row, Pieces]]] = {}
+        for name in self._orphans:
+            directory = self._load(name)
+            for row in directory.pages if directory else ():
+                page = page_from_row(name, row)
+                if page.stat:
+                    self._pages.setdefault(page.stat, page)
+
+    @property
+    def nothing(self) -> bool:
+        """A first run: no content of this source is stored."""
+        return not self._objects
+
+    def page(self, stat: str) -> PageRef | None:
+        """A page with these stat tuples, if everything it needs is still there."""
+        page = self._pages.get(stat)
+        if page is None or not all(self._present(name) for name in (page.pack, *page.packs)):
+            return None
+        return page
+
+    def pack(self, name: str) -> PackRef:
+        """For the manifest. Raises Damaged when it is not there."""
+        if name not in self._refs:
+            self._load(name)
+        try:
+            return self._refs[name]
+        except KeyError:
+            raise Damaged(f"the pack {name} of {self._source} is missing") from None
+
+    def rows(self, first: str, last: str) -> dict[tuple[str, str], tuple[Row, Pieces]]:
+        """Rows of the latest point between two sort keys, by (directory, name), with where their content lies."""
+        found: dict[tuple[str, str], tuple[Row, Pieces]] = {}
+        if not self._row:
+            return found
+        start = max(0, bisect.bisect_right(self._firsts, first) - 1)
+        for index in range(start, bisect.bisect_right(self._firsts, last)):
+            found.update(self._page_rows(index))
+        return found
+
+    @cached_property
+    def known(self) -> KnownContent:
+        """Content of every pack that is there. Loads their directories: 1 us a blob."""
+        known = KnownContent()
+        # Newest first: where the table is full, what was stored long ago is the least likely to come again.
+        names = sorted(self._objects, key=lambda n: self._objects[n].modified, reverse=True)
+        usable = [n for n in names if n in self._orphans or n.split("/")[0] in self._live_points]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="directory") as readers:
+            for name, directory in zip(usable, readers.map(self._load, usable), strict=True):
+                if directory is not None and not known.full:
+                    known.add_pack(name, directory.blobs)
+                self._directories.pop(name, None)
+        return known
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _present(self, name: str) -> bool:
+        return name in self._objects and (name in self._refs or self._load(name) is not None)
+
+    @cached_property
+    def _live_points(self) -> set[str]:
+        prefix = f"points/{self._source}/"
+        return {info.key.split("-")[-1].split(".")[0] for info in self._repository.store.list(prefix)}
+
+    def _find_orphans(self) -> set[str]:
+        if not self._objects or not any(name not in self._refs for name in self._objects):
+            return set()
+        newest = max(info.modified for info in self._objects.values())
+        return {
+            name
+            for name, info in self._objects.items()
+            if name.split("/")[0] not in self._live_points and newest - info.modified < ORPHAN_AGE
+        }
+
+    def _load(self, name: str) -> Directory | None:
+        found = self._directories.get(name)
+        if found is not None:
+            return found
+        try:
+            directory, ref = load_directory(self._repository, self._source, name, self._objects[name].size)
+        except Damaged as error:
+            self.skipped.append(f"the pack {name} is not used: {error.message}")
+            return None
+        self._refs.setdefault(name, ref)
+        self._directories[name] = directory
+        return directory
+
+    def _page_rows(self, index: int) -> dict[tuple[str, str], tuple[Row, Pieces]]:
+        rows = self._cache.get(index)
+        if rows is None:
+            if len(self._cache) > 4:
+                self._cache.clear()
+            try:
+                page = read_page(self._repository, self._source, self._row[index])
+            except Damaged as error:
+                self.skipped.append(f"a page of the latest point is not used: {error.message}")
+                page = Page([], [])
+            usable = [self._present(name) for name in page.packs]
+            rows = self._cache[index] = {}
+            for path, own, members in page.dirs:
+                for row in members if own is None else [own, *members]:
+                    content = row[CONTENT]
+                    numbers = content[::3] if isinstance(content, list) else ()
+                    if "hardlink" not in extra_of(row) and all(usable[number] for number in numbers):
+                        rows[path, row[NAME]] = row, pieces_of(row, page.packs) if numbers else []
+        return rows
+
+
+def load_directory(repository: Repository, source: str, name: str, size: int) -> tuple[Directory, PackRef]:
+    """Read a pack's directory by its object's size alone. Raises Damaged."""
+    if size < TAIL_SIZE:
+        raise Damaged(f"the pack {name} is too short")
+    guess = min(size, 1 << 16)
+    end = repository.read_pack(source, name, size - guess, guess)
+    length = directory_length(end[-TAIL_SIZE:])
+    if length > size:
+        raise Damaged(f"the pack {name} is too short")
+    if length > guess:
+        end = repository.read_pack(source, name, size - length, length)
+    frame = end[-length:]
+    directory = decode_directory(frame, repository.codec)
+    return directory, PackRef(name, size, length, repository.codec.digest(frame).hex())
+
+
+def read_page(repository: Repository, source: str, ref: PageRef) -> Page:
+    """Read and check one index page. Raises Damaged."""
+    stored = repository.read_pack(source, ref.pack, ref.offset, ref.length)
+    plain = repository.codec.decode(stored, ref.size)
+    if repository.codec.digest(plain).hex() != ref.digest:
+        raise Damaged(f"an index page in the pack {ref.pack} is not what was written")
+    return decode_page(plain)
+

@@ -1,0 +1,310 @@
+"""Write a point's tree to a disk: pages in batches, frames decoded and files written in parallel.
+
+Directories are made first, with a mode that lets only us in, and get what they carry last, deepest first. Every
+path is made of names that `page` has checked, below directories that we made: a symlink in the archive can lead
+nothing out of the target.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from backupd.archive.frames import Blob, FrameReader
+from backupd.archive.page import CONTENT, GID, MODE, MTIME, SIZE, UID, Page, Row, extra_of, is_file, pieces_of
+from backupd.archive.read import full_name, xattrs_of
+from backupd.errors import Damaged, RestoreFailed
+from backupd.model import Progress
+
+_BATCH = 20_000
+"""Members whose places are held in memory at once."""
+_MOST_WARNINGS = 1000
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ROOT = os.geteuid() == 0
+
+Whole: TypeAlias = "tuple[str, Row, Blob]"
+"""A file that is one blob: path, row, where it lies in its frame."""
+Part: TypeAlias = "tuple[str, int, list[Blob]]"
+"""Blobs of a larger file that lie in one frame: path, where in the file's data they go, the blobs."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is to be written from one frame."""
+
+    wholes: list[Whole] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+
+
+class Extraction:
+    """One restore into one directory."""
+
+    def __init__(self, into: Path, frames: FrameReader, progress: Progress) -> None:
+        self._into = os.fspath(into)
+        self._frames = frames
+        self._progress = progress
+        self._made: set[str] = set()
+        self._directories: list[tuple[str, Row]] = []
+        self._pending: list[tuple[str, Row]] = []  # symlinks, devices, hard links of this batch
+        self._large: list[tuple[str, Row]] = []
+        self._jobs: dict[tuple[str, int], _Job] = {}
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+        self._me = (os.geteuid(), os.getegid())
+        self.warnings: list[str] = []
+
+    def run(self, pages: Iterable[Page]) -> None:
+        """Raises RestoreFailed when the target is not empty, or the disk refuses; Damaged."""
+        try:
+            os.makedirs(self._into, exist_ok=True)
+            if os.listdir(self._into):
+                raise RestoreFailed(
+                    f"{self._into} is not empty", hint="a restore never overwrites: give an empty or a new directory"
+                )
+            self._made.add("")
+            members = 0
+            for page in pages:
+                members += self._plan(page)
+                if members >= _BATCH:
+                    self._write_batch()
+                    members = 0
+            self._write_batch()
+            for path, row in reversed(self._directories):
+                self._finish_directory(path, row)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise RestoreFailed(
+                f"the restore into {self._into} failed: {error.strerror}{where}",
+                hint="what is there now is incomplete: remove it, mend the cause, and restore again",
+            ) from None
+
+    # --- planning a batch ---------------------------------------------------------------------------------
+
+    def _plan(self, page: Page) -> int:
+        count = 0
+        for path, own, rows in page.dirs:
+            if own is not None:
+                self._make_directory(path)
+                self._directories.append((path, own))
+                count += 1
+            elif path not in self._made:
+                self._make_directory(path)
+            for row in rows:
+                self._plan_row(full_name(path, row), row, page.packs)
+            count += len(rows)
+        return count
+
+    def _make_directory(self, path: str) -> None:
+        if path in self._made:
+            return
+        parent = path.rpartition("/")[0]
+        if parent not in self._made:
+            self._make_directory(parent)
+        try:
+            os.mkdir(self._path(path), 0o700)
+        except FileExistsError:
+            raise Damaged(f"the index has {path!r} twice, as a directory and as something else") from None
+        self._made.add(path)
+
+    def _plan_row(self, name: str, row: Row, packs: list[str]) -> None:
+        if not is_file(row):
+            self._pending.append((name, row))
+            return
+        pieces = pieces_of(row, packs)
+        if not pieces or len(pieces) > 1 or pieces[0][2] > 1 or "sparse" in extra_of(row):
+            self._large.append((name, row))
+            at = 0
+            for pack, first, count in pieces:
+                for number, blobs in self._frames.locate(pack, first, count):
+                    self._job(pack, number).parts.append((name, at, blobs))
+                    at += sum(blob[1] for blob in blobs)
+            return
+        ((pack, first, _),) = pieces
+        for number, (blob,) in self._frames.locate(pack, first, 1):
+            self._job(pack, number).wholes.append((name, row, blob))
+
+    def _job(self, pack: str, number: int) -> _Job:
+        job = self._jobs.get((pack, number))
+        if job is None:
+            job = self._jobs[pack, number] = _Job()
+        return job
+
+    # --- carrying a batch out -------------------------------------------------------------------------------
+
+    def _write_batch(self) -> None:
+        extents: dict[str, list[list[int]]] = {}
+        for name, row in self._large:
+            fd = os.open(self._path(name), _NEW, 0o600)
+            try:
+                os.ftruncate(fd, row[SIZE])
+            finally:
+                os.close(fd)
+            sparse = extra_of(row).get("sparse")
+            if sparse is not None:
+                extents[name] = sparse
+        workers = max(2, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool:
+            keys = list(self._jobs)
+            step = max(1, len(keys) // (workers * 4))
+            futures = [pool.submit(self._write_frames, keys[i : i + step], extents) for i in range(0, len(keys), step)]
+            wait(futures)
+            for future in futures:
+                future.result()
+        for name, row in self._large:
+            fd = os.open(self._path(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self._finish_file(fd, name, row, created=0o600)
+            finally:
+                os.close(fd)
+            self._progress.advance(row[SIZE], 1)
+        for name, row in self._pending:
+            self._make_special(name, row)
+        self._jobs, self._large, self._pending = {}, [], []
+
+    def _write_frames(self, keys: list[tuple[str, int]], extents: dict[str, list[list[int]]]) -> None:
+        for pack, number in keys:
+            job = self._jobs[pack, number]
+            data = self._frames.frame(pack, number)
+            size = 0
+            for name, row, blob in job.wholes:
+                part = self._frames.check(data, blob, pack)
+                mode = stat.S_IMODE(row[MODE])
+                created = mode & 0o777 & ~self._umask
+                fd = os.open(self._path(name), _NEW, mode & 0o777)
+                try:
+                    _write_all(fd, part)
+                    self._finish_file(fd, name, row, created=created)
+                finally:
+                    os.close(fd)
+                size += blob[1]
+            for name, at, blobs in job.parts:
+                self._write_part(data, pack, name, at, blobs, extents.get(name))
+            self._progress.advance(size, len(job.wholes))
+
+    def _write_part(
+        self, data: bytes, pack: str, name: str, at: int, blobs: list[Blob], extents: list[list[int]] | None
+    ) -> None:
+        """Neighbours in the frame that are neighbours in the file are written at once."""
+        fd = os.open(self._path(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for start, end in _runs(blobs):
+                for blob in blobs[start:end]:
+                    self._frames.check(data, blob, pack)
+                first, last = blobs[start], blobs[end - 1]
+                part = memoryview(data)[first[0] : last[0] + last[1]]
+                for offset, piece in _place(part, at, extents):
+                    _pwrite_all(fd, piece, offset)
+                at += len(part)
+        finally:
+            os.close(fd)
+
+    # --- what entries carry ---------------------------------------------------------------------------------
+
+    def _finish_file(self, fd: int, name: str, row: Row, *, created: int) -> None:
+        """Owner, mode, xattrs, times, in this order: chown drops setuid bits and capabilities, all drop times."""
+        mode = stat.S_IMODE(row[MODE])
+        owned = self._own(fd, name, row)
+        if mode != created or owned:
+            os.fchmod(fd, mode)
+        if len(row) > CONTENT + 1 and "xattrs" in extra_of(row):
+            self._set_xattrs(fd, name, row)
+        os.utime(fd, ns=(row[MTIME], row[MTIME]))
+
+    def _own(self, fd: int, name: str, row: Row) -> bool:
+        if (row[UID], row[GID]) == self._me:
+            return False
+        if not _ROOT:
+            self._warn(f"{name}: only root can give it to {row[UID]}:{row[GID]}")
+            return False
+        os.fchown(fd, row[UID], row[GID])
+        return True
+
+    def _set_xattrs(self, fd: int, name: str, row: Row) -> None:
+        for key, value in xattrs_of(row).items():
+            try:
+                os.setxattr(fd, key, value)
+            except OSError as error:
+                self._warn(f"{name}: its attribute {os.fsdecode(key)} could not be set: {error.strerror}")
+
+    def _make_special(self, name: str, row: Row) -> None:
+        extra = extra_of(row)
+        path = self._path(name)
+        kind = stat.S_IFMT(row[MODE])
+        if "hardlink" in extra:
+            os.link(self._path(extra["hardlink"]), path, follow_symlinks=False)
+            return
+        if kind == stat.S_IFLNK:
+            os.symlink(row[CONTENT], path)
+        elif kind in (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK):
+            device = extra.get("device")
+            try:
+                os.mknod(path, row[MODE], os.makedev(*device) if device else 0)
+            except PermissionError:
+                self._warn(f"{name}: only root can make a device")
+                return
+            os.chmod(path, stat.S_IMODE(row[MODE]))
+        else:
+            raise Damaged(f"the index has an entry of an unknown kind: {name!r}")
+        if _ROOT and (row[UID], row[GID]) != self._me:
+            os.lchown(path, row[UID], row[GID])
+            if kind != stat.S_IFLNK:
+                os.chmod(path, stat.S_IMODE(row[MODE]))
+        os.utime(path, ns=(row[MTIME], row[MTIME]), follow_symlinks=False)
+        self._progress.advance(0, 1)
+
+    def _finish_directory(self, path: str, row: Row) -> None:
+        fd = os.open(self._path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._finish_file(fd, path, row, created=0o700)
+        finally:
+            os.close(fd)
+
+    def _path(self, name: str) -> str:
+        return f"{self._into}/{name}" if name else self._into
+
+    def _warn(self, text: str) -> None:
+        if len(self.warnings) < _MOST_WARNINGS:
+            self.warnings.append(text)
+
+
+def _write_all(fd: int, part: memoryview) -> None:
+    while part:
+        part = part[os.write(fd, part) :]
+
+
+def _pwrite_all(fd: int, part: memoryview, at: int) -> None:
+    while part:
+        done = os.pwrite(fd, part, at)
+        part, at = part[done:], at + done
+
+
+def _runs(blobs: list[Blob]) -> Iterator[tuple[int, int]]:
+    """Ranges of blobs that lie side by side in their frame."""
+    start = 0
+    for index in range(1, len(blobs) + 1):
+        if index == len(blobs) or blobs[index][0] != blobs[index - 1][0] + blobs[index - 1][1]:
+            yield start, index
+            start = index
+
+
+def _place(part: memoryview, at: int, extents: list[list[int]] | None) -> Iterator[tuple[int, memoryview]]:
+    """Where data goes in the file: as it is, or, in a sparse file, over its extents."""
+    if extents is None:
+        yield at, part
+        return
+    before = 0
+    for offset, length in extents:
+        if at < before + length and part:
+            inside = at - before
+            step = min(length - inside, len(part))
+            yield offset + inside, part[:step]
+            part, at = part[step:], at + step
+        before += length
+
+
+

@@ -1,0 +1,126 @@
+"""Blobs back from their packs, each compared with its digest before it is handed out."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+from backupd.archive.pack import BLOB, Directory, decode_directory
+from backupd.errors import Damaged
+from backupd.repository import Manifest, Repository
+
+T = TypeVar("T")
+Request: TypeAlias = "tuple[T, list[list[Any]] | None]"
+"""Something the caller knows its content by, and where it lies: [pack, first blob, blobs], or None for none."""
+Blob: TypeAlias = "tuple[int, int, bytes]"
+"""Offset in its frame, length, digest."""
+_Item: TypeAlias = "tuple[T, str, Future[bytes] | None, list[Blob]]"
+
+READERS = 4
+_AHEAD = 6  # frames of 2 MiB that are decoded before they are asked for
+_WAITING = 4096  # members without content must not pile up either
+_DIRECTORIES = 64  # of some 10 to 150 KB each
+
+
+class FrameReader:
+    """Reads what one manifest names. Safe to use from several threads."""
+
+    def __init__(self, repository: Repository, manifest: Manifest) -> None:
+        self._repository = repository
+        self._source = manifest.point.source
+        self._refs = {pack.name: pack for pack in manifest.packs}
+        self._directories: OrderedDict[str, Directory] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def directory(self, name: str) -> Directory:
+        """Raises Damaged."""
+        with self._lock:
+            found = self._directories.get(name)
+            if found is not None:
+                self._directories.move_to_end(name)
+                return found
+        ref = self._refs.get(name)
+        if ref is None:
+            raise Damaged(f"the index needs the pack {name}, which the manifest does not name")
+        frame = self._repository.read_pack(self._source, name, ref.size - ref.directory, ref.directory)
+        if self._repository.codec.digest(frame).hex() != ref.digest:
+            raise Damaged(f"the directory of the pack {name} is not what was written")
+        directory = decode_directory(frame, self._repository.codec)
+        with self._lock:
+            self._directories[name] = directory
+            while len(self._directories) > _DIRECTORIES:
+                self._directories.popitem(last=False)
+        return directory
+
+    def locate(self, pack: str, first: int, count: int) -> Iterator[tuple[int, list[Blob]]]:
+        """The frames that hold a run of blobs, in order: (number of the frame, its blobs)."""
+        directory = self.directory(pack)
+        starts = directory.starts()
+        end = first + count
+        if not 0 <= first <= end <= directory.count:
+            raise Damaged(f"the index names blobs that the pack {pack} does not have")
+        while first < end:
+            frame = bisect_right(starts, first) - 1
+            stop = min(end, starts[frame + 1])
+            rows = directory.blobs[first * BLOB.size : stop * BLOB.size]
+            yield frame, list(BLOB.iter_unpack(rows))
+            first = stop
+
+    def frame(self, pack: str, number: int) -> bytes:
+        """A frame's bytes; its blobs are checked where they are taken. Raises Damaged."""
+        frame = self.directory(pack).frames[number]
+        stored = self._repository.read_pack(self._source, pack, frame.offset, frame.length)
+        try:
+            return self._repository.codec.decode(stored, frame.size)
+        except Damaged as error:
+            raise Damaged(f"frame {number} of the pack {pack}: {error.message}") from None
+
+    def check(self, data: bytes, blob: Blob, pack: str) -> memoryview:
+        """One blob of a frame, compared with its digest. Raises Damaged."""
+        offset, length, digest = blob
+        part = memoryview(data)[offset : offset + length]
+        if len(part) != length or self._repository.codec.digest(part) != digest:
+            raise Damaged(f"content in the pack {pack} is not what was written")
+        return part
+
+    def stream(self, requests: Iterable[Request[T]]) -> Iterator[tuple[T, memoryview | None]]:
+        """The content of each request in order, blob by blob; (request, None) first, for every request."""
+        with ThreadPoolExecutor(READERS, thread_name_prefix="frame") as readers:
+            waiting: deque[_Item[T]] = deque()
+            asked: tuple[str, int] | None = None
+            future: Future[bytes] | None = None
+            handed: Future[bytes] | None = None
+            ahead = 0
+
+            def hand_out() -> Iterator[tuple[T, memoryview | None]]:
+                nonlocal ahead, handed
+                tag, pack, item, blobs = waiting.popleft()
+                if item is None:
+                    yield tag, None
+                    return
+                if item is not handed:
+                    handed = item
+                    ahead -= 1
+                data = item.result()
+                for blob in blobs:
+                    yield tag, self.check(data, blob, pack)
+
+            for tag, pieces in requests:
+                waiting.append((tag, "", None, []))
+                for pack, first, count in pieces or ():
+                    for number, blobs in self.locate(pack, first, count):
+                        if asked != (pack, number):
+                            asked = (pack, number)
+                            future = readers.submit(self.frame, pack, number)
+                            ahead += 1
+                        waiting.append((tag, pack, future, blobs))
+                        while ahead > _AHEAD:
+                            yield from hand_out()
+                while len(waiting) > _WAITING:
+                    yield from hand_out()
+            while waiting:
+                yield from hand_out()

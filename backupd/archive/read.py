@@ -1,0 +1,210 @@
+"""Read one recovery point: its members, one of them, all as a tar, all onto a disk."""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from backupd.archive import tar
+from backupd.archive.earlier import read_page
+from backupd.archive.frames import FrameReader
+from backupd.archive.page import (
+    CONTENT,
+    GID,
+    MODE,
+    MTIME,
+    NAME,
+    SIZE,
+    UID,
+    Page,
+    Pieces,
+    Row,
+    extra_of,
+    is_file,
+    pieces_of,
+    sort_key,
+)
+from backupd.errors import NoRecoveryPoint
+from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
+from backupd.repository import Manifest, PageRef, Repository
+
+_TYPES = {
+    stat.S_IFREG: MemberType.FILE,
+    stat.S_IFDIR: MemberType.DIRECTORY,
+    stat.S_IFLNK: MemberType.SYMLINK,
+    stat.S_IFIFO: MemberType.FIFO,
+    stat.S_IFCHR: MemberType.CHARACTER_DEVICE,
+    stat.S_IFBLK: MemberType.BLOCK_DEVICE,
+}
+_TAR_TYPES = {
+    MemberType.FILE: tar.FILE,
+    MemberType.DIRECTORY: tar.DIRECTORY,
+    MemberType.SYMLINK: tar.SYMLINK,
+    MemberType.HARDLINK: tar.HARDLINK,
+    MemberType.FIFO: tar.FIFO,
+    MemberType.CHARACTER_DEVICE: tar.CHARACTER_DEVICE,
+    MemberType.BLOCK_DEVICE: tar.BLOCK_DEVICE,
+}
+
+
+class PointArchive:
+    """A model.Archive on a repository."""
+
+    def __init__(self, repository: Repository, manifest: Manifest, *, progress: Progress | None = None) -> None:
+        self._repository = repository
+        self._manifest = manifest
+        self._progress = progress or Silence()
+        self.frames = FrameReader(repository, manifest)
+        self.warnings: list[str] = []
+        """What `extract` could not set: an owner without being root, an xattr the file system has no room for."""
+
+    @property
+    def point(self) -> RecoveryPoint:
+        return self._manifest.point
+
+    def pages(self) -> Iterator[Page]:
+        """Decoded index pages, in order. Raises Damaged."""
+        for ref in self._manifest.pages:
+            yield self._page(ref)
+
+    def members(self) -> Iterator[Member]:
+        for path, row, _ in self._rows():
+            yield member_of(path, row)
+
+    def read(self, name: str) -> Iterator[bytes]:
+        row, packs = self._find(name)
+        if "hardlink" in extra_of(row):
+            yield from self.read(extra_of(row)["hardlink"])
+            return
+        extents = extra_of(row).get("sparse")
+        pieces = pieces_of(row, packs)
+        blobs = (bytes(part) for _, part in self.frames.stream([(None, pieces)]) if part is not None)
+        yield from blobs if extents is None else _with_holes(blobs, extents, row[SIZE])
+
+    def tar(self) -> Iterator[bytes]:
+        def requests() -> Iterator[tuple[tuple[str, Row], Pieces | None]]:
+            for path, row, packs in self._rows():
+                yield (path, row), pieces_of(row, packs) if is_file(row) else None
+
+        pad = 0
+        for (path, row), part in self.frames.stream(requests()):
+            if part is None:
+                if pad:
+                    yield bytes(pad)
+                pad = -_stored_size(row) & 511 if is_file(row) else 0
+                yield _tar_header(path, row)
+            else:
+                yield bytes(part)
+        yield bytes(pad) + tar.END
+
+    def extract(self, into: Path) -> None:
+        from backupd.archive.extract import Extraction
+
+        extraction = Extraction(into, self.frames, self._progress)
+        extraction.run(self.pages())
+        self.warnings += extraction.warnings
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    def _page(self, ref: PageRef) -> Page:
+        return read_page(self._repository, self.point.source, ref)
+
+    def _rows(self) -> Iterator[tuple[str, Row, list[str]]]:
+        """(directory, row, packs of its page); the directory's own row has an empty name."""
+        for page in self.pages():
+            for path, own, rows in page.dirs:
+                if own is not None:
+                    yield path, own, page.packs
+                for row in rows:
+                    yield path, row, page.packs
+
+    def _find(self, name: str) -> tuple[Row, list[str]]:
+        """A file by name: by bisection where the pages are sorted, else (or where that misses) by reading them all."""
+        path, _, last = name.rpartition("/")
+        refs = self._manifest.pages
+        if self._manifest.ordered:
+            index = bisect.bisect_right([ref.first for ref in refs], sort_key(path, last)) - 1
+            likely = refs[max(0, index) : index + 1]
+        else:
+            likely = ()
+        for ref in (*likely, *refs):
+            page = self._page(ref)
+            for directory, _, rows in page.dirs:
+                if directory == path:
+                    for row in rows:
+                        if row[NAME] == last and stat.S_ISREG(row[MODE]):
+                            return row, page.packs
+        raise NoRecoveryPoint(
+            f"there is no file '{name}' in the point {self.point.id} of {self.point.source}",
+            hint=f"see `backupd ls {self.point.id}`",
+        )
+
+
+def open_archive(repository: Repository, point: RecoveryPoint, *, progress: Progress | None = None) -> PointArchive:
+    """Raises ObjectMissing, Damaged."""
+    return PointArchive(repository, repository.manifest(point), progress=progress)
+
+
+def full_name(path: str, row: Row) -> str:
+    name = str(row[NAME])
+    return f"{path}/{name}" if path and name else path or name
+
+
+def member_of(path: str, row: Row) -> Member:
+    extra = extra_of(row)
+    kind = MemberType.HARDLINK if "hardlink" in extra else _TYPES[stat.S_IFMT(row[MODE])]
+    link = str(extra["hardlink"]) if kind is MemberType.HARDLINK else ""
+    if kind is MemberType.SYMLINK:
+        link = str(row[CONTENT])
+    size = row[SIZE] if kind is MemberType.FILE else 0
+    return Member(
+        full_name(path, row), kind, size, stat.S_IMODE(row[MODE]), row[UID], row[GID], row[MTIME], link
+    )
+
+
+def xattrs_of(row: Row) -> dict[bytes, bytes]:
+    found = extra_of(row).get("xattrs", {})
+    return {os.fsencode(name): base64.b64decode(value) for name, value in found.items()}
+
+
+def _stored_size(row: Row) -> int:
+    """Bytes of content in a tar: without the holes."""
+    extents = extra_of(row).get("sparse")
+    return int(row[SIZE] if extents is None else tar.sparse_size(extents))
+
+
+def _tar_header(path: str, row: Row) -> bytes:
+    member = member_of(path, row)
+    extra: dict[str, Any] = extra_of(row)
+    device = extra.get("device", (0, 0))
+    sparse = extra.get("sparse")
+    return tar.header(
+        os.fsencode(member.name or "."), _TAR_TYPES[member.type], member.mode, member.uid, member.gid, member.size,
+        member.mtime_ns, link=os.fsencode(member.link), device=(device[0], device[1]), xattrs=xattrs_of(row),
+        sparse=None if sparse is None else [(at, length) for at, length in sparse], exact_time=True,
+    )  # fmt: skip
+
+
+def _with_holes(blobs: Iterator[bytes], extents: list[list[int]], size: int) -> Iterator[bytes]:
+    """A sparse file's whole content: its pieces of data, and zeros between."""
+    step = 1 << 20
+    position = 0
+    rest = b""
+    for offset, length in [*extents, [size, 0]]:
+        while position < offset:
+            zeros = min(step, offset - position)
+            yield bytes(zeros)
+            position += zeros
+        left = length
+        while left:
+            if not rest:
+                rest = next(blobs)
+            part, rest = rest[:left], rest[left:]
+            yield part
+            left -= len(part)
+        position = offset + length

@@ -1,0 +1,153 @@
+"""Walk a tree and cut its listing into pages.
+
+A page is a few dozen directories. Where it ends depends on names only, so that a file that comes or goes changes
+one page and leaves the others as they were. Entries carry the stat tuple that says whether they changed; nothing
+is opened here but directories.
+
+Every directory is opened relative to the root without following symlinks, and must be the one that was listed:
+a path swapped for a symlink while we walk is reported, never followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import TypeAlias
+from zlib import crc32
+
+StatTuple: TypeAlias = "tuple[int, int, int, int, int, int, int, int]"
+"""mode, size, mtime_ns, ctime_ns, inode, uid, gid, links: the columns of a page's row."""
+
+stat_tuple: Callable[[os.stat_result], StatTuple] = attrgetter(
+    "st_mode", "st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_uid", "st_gid", "st_nlink"
+)
+INODE = 4
+
+Listing: TypeAlias = "list[tuple[str, StatTuple]]"
+Block: TypeAlias = "tuple[str, StatTuple | None, Listing]"
+"""A directory: its path, its own tuple (None for the later parts of one cut in two), what is in it, sorted."""
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Pages of 25 to 160 entries: small ones are found unchanged more often, large ones cost less each.
+_LEAST, _MOST, _LONG_DIRECTORY = 24, 160, 192
+
+
+def open_below(root: int, path: str, flags: int = _DIRECTORY) -> int:
+    """Open `path` relative to the directory `root`; also where it is longer than the kernel takes at once."""
+    try:
+        return os.open(path or ".", flags, dir_fd=root)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # PATH_MAX is 4096 bytes, trees can be deeper
+            raise
+    current = os.dup(root)
+    parts = path.split("/")
+    for index, part in enumerate(parts):
+        try:
+            below = os.open(part, flags if index == len(parts) - 1 else _DIRECTORY, dir_fd=current)
+        finally:
+            os.close(current)
+        current = below
+    return current
+
+
+class Scan:
+    """One walk. `warn` is told of what could not be read; the walk goes on."""
+
+    def __init__(
+        self,
+        root: int,
+        *,
+        wanted: Callable[[str, bool], bool] | None,
+        one_file_system: bool,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._root = root
+        self._wanted = wanted
+        self._device = os.fstat(root).st_dev if one_file_system else None
+        self._warn = warn
+        self.sockets = 0
+
+    def pages(self) -> Iterator[list[Block]]:
+        """Depth first, names sorted; each page a list of blocks."""
+        page: list[Block] = []
+        entries = 0
+        stack: list[tuple[str, int | None]] = [("", None)]
+        while stack:
+            path, inode = stack.pop()
+            listed = self._list(path, inode)
+            if listed is None:
+                continue
+            own, listing, directories = listed
+            prefix = path + "/" if path else ""
+            stack += [(prefix + name, entry[INODE]) for name, entry in reversed(directories)]
+            start = 0
+            if len(listing) > _LONG_DIRECTORY:
+                for index, (name, _) in enumerate(listing):
+                    if crc32(os.fsencode(name)) & 63 == 0:
+                        page.append((path, own if start == 0 else None, listing[start : index + 1]))
+                        yield page
+                        page, entries, start = [], 0, index + 1
+            page.append((path, own if start == 0 else None, listing[start:]))
+            entries += 1 + len(listing) - start
+            if entries > _MOST or (entries > _LEAST and crc32(os.fsencode(path)) % 3 == 0):
+                yield page
+                page, entries = [], 0
+        if page:
+            yield page
+
+    def _list(self, path: str, inode: int | None) -> tuple[StatTuple, Listing, Listing] | None:
+        try:
+            fd = open_below(self._root, path)
+        except OSError as error:
+            self._warn(f"{path}: {error.strerror}: the directory was left out")
+            return None
+        try:
+            info = os.fstat(fd)
+            own = stat_tuple(info)
+            if inode is not None and own[INODE] != inode:
+                self._warn(f"{path}: was replaced while it was read and was left out")
+                return None
+            if self._device is not None and info.st_dev != self._device:
+                return own, [], []  # another file system is mounted here: the mount point itself is kept
+            with os.scandir(fd) as entries:
+                try:
+                    found = [(entry.name, stat_tuple(entry.stat(follow_symlinks=False))) for entry in entries]
+                except FileNotFoundError:
+                    found = _list_slowly(fd)
+        except OSError as error:
+            self._warn(f"{path}: {error.strerror}: the directory was left out")
+            return None
+        finally:
+            os.close(fd)
+        found.sort()
+        return own, *self._sort_out(path, found)
+
+    def _sort_out(self, path: str, found: Listing) -> tuple[Listing, Listing]:
+        """Files and the like, directories; without what is not wanted."""
+        if self._wanted is not None:
+            prefix = path + "/" if path else ""
+            wanted = self._wanted
+            found = [e for e in found if wanted(prefix + e[0], stat.S_ISDIR(e[1][0]))]
+        listing, directories = [], []
+        for entry in found:
+            kind = entry[1][0] & 0o170000
+            if kind == stat.S_IFDIR:
+                directories.append(entry)
+            elif kind == stat.S_IFSOCK:
+                self.sockets += 1  # made anew by whoever listens; nothing in it could be kept
+            else:
+                listing.append(entry)
+        return listing, directories
+
+
+def _list_slowly(fd: int) -> Listing:
+    """Entries vanish while we list them: take those that stay."""
+    found = []
+    for name in os.listdir(fd):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((name, stat_tuple(os.stat(name, dir_fd=fd, follow_symlinks=False))))
+    return found
