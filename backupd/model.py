@@ -31,8 +31,8 @@ class ObjectInfo:
 
 
 class Store(Protocol):
-    """Where objects live. Keys are made by `repository`: `/`-separated, each part of [A-Za-z0-9._-] and not
-    beginning with a dot; no key is the directory of another (`a` and `a/b`).
+    """Where objects live. Keys are made by `repository`: `/`-separated, parts of [A-Za-z0-9._-] that do not
+    begin with a dot; no key is the directory of another (`a` and `a/b`).
 
     Every method may be called from several threads at once, and raises StoreError, of one line and a hint,
     `transient` where trying again may help. Other names than keys are refused, and never shown.
@@ -43,7 +43,7 @@ class Store(Protocol):
         """For people: `/srv/backups` or `s3://bucket/prefix`. Never holds a secret."""
 
     def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
-        """Store whole or not at all. Raises ObjectExists unless `overwrite`; of several for one key, one wins.
+        """Store whole or not at all. Raises ObjectExists unless `overwrite`; of several at once one wins.
 
         After it returns, the object survives a crash and every later `get` and `list` sees it. One that
         failed leaves nothing that `list` shows, except that the whole object may be there when the answer of
