@@ -11,6 +11,7 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	tests/testbed/provision.sh
+	tests/testbed/provision.sh compose
 	$(bin)/pytest -n 2 --dist loadfile
 
 bench: .venv/.installed

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Docker engine and the images that the tests and the demo use, on this machine.
 #
-#   provision.sh [IMAGE...]        default: PostgreSQL, Redis, ChromaDB, Python
+#   provision.sh [IMAGE|compose]...        default: the images of PostgreSQL, Redis, ChromaDB, Python
 #
 # Where an image is there already, nothing is done; where a registry answers, it is pulled and nothing else
 # happens. Without a registry (root on Debian, apt and pip at hand) the engine comes from apt and the images
@@ -209,8 +209,18 @@ python_standin() {
 
 # --- all of it ---------------------------------------------------------------------------------------
 
+ensure_compose() { # the plugin where a user has it, else Debian's
+  if docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; then
+    say "have compose"
+  else
+    apt_install docker-compose
+  fi
+}
+
 provide() {
-  if have "$1" && is_current "$1" && [ "$STANDINS" != always ]; then
+  if [ "$1" = compose ]; then
+    ensure_compose
+  elif have "$1" && is_current "$1" && [ "$STANDINS" != always ]; then
     say "have $1$(is_standin "$1" && echo ' (stand-in)' || :)"
   elif [ "$STANDINS" != always ] && timeout "$PULL_TIMEOUT" docker pull -q "$1" >/dev/null 2>&1; then
     say "pulled $1"
