@@ -200,6 +200,11 @@ class Catalog:
         """The run that started last of those that ended well, with or without warnings."""
         return self.last(job, source, *GOOD)
 
+    def began(self) -> datetime | None:
+        """When the oldest run that is known here started."""
+        rows = self._select("ORDER BY started LIMIT 1", ())
+        return rows[0].started if rows else None
+
     def running(self) -> list[Run]:
         """Runs at work now, here or in another process; call `abandon_stale` first to be sure of it."""
         return self._select("WHERE status = ? ORDER BY started", (RunStatus.RUNNING.value,))

@@ -147,15 +147,6 @@ def test_weekdays_by_name_are_those_of_the_calendar() -> None:
     assert Schedule.parse("0 12 * * 0").after(at("2026-04-30T13:00")) == at("2026-05-03T12:00")
 
 
-def test_the_usual_names_stand_for_their_schedules() -> None:
-    now = at("2026-05-06T10:20")
-    assert Schedule.parse("@hourly").after(now) == at("2026-05-06T11:00")
-    assert Schedule.parse(" @Daily ").after(now) == at("2026-05-07T00:00")
-    assert Schedule.parse("@weekly").after(now) == at("2026-05-10T00:00")
-    assert Schedule.parse("@monthly").after(now) == at("2026-06-01T00:00")
-    assert Schedule.parse("@yearly").after(now) == at("2027-01-01T00:00")
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "0 2 * *", "61 2 * * *", "0 2 30 2 *", "0 2 * * FREITAG", "daily", "@reboot", "0 2 * * * * *", "a"],
@@ -319,6 +310,22 @@ def test_a_source_that_was_never_backed_up_is_at_once_and_nothing_was_missed(
 ) -> None:
     start(Job("backup", "orders", lambda stop, due: ok(), DAILY))
     until(lambda: statuses(catalog) == ["ok"])
+
+
+def test_a_verify_that_was_never_done_waits_for_its_time_and_is_not_overdue(
+    catalog: Catalog, start: Start
+) -> None:
+    """Only a source without any backup is in danger; a young repository need not be verified at once."""
+    job = Job("verify", "", lambda stop, due: ok("verify", ""), Schedule("30 4 * * SUN", "UTC"), eager=False)
+    scheduler = start(job, now="2026-05-04T09:00", starting=timedelta())
+    assert catalog.runs() == [] and scheduler.health().healthy
+    catalog.record(
+        Run("r0", "backup", "orders", RunStatus.OK, at("2026-05-04T10:00"))
+    )  # its first sign of life
+    start(job, now="2026-05-08T09:00")
+    assert statuses(catalog) == ["ok"]
+    start(job, now="2026-05-11T09:00")  # and was off on Sunday
+    until(lambda: statuses(catalog) == ["ok", "ok"])
 
 
 def test_an_agent_killed_by_its_own_backup_does_not_try_for_ever(catalog: Catalog, start: Start) -> None:

@@ -48,6 +48,9 @@ class Job:
     tolerance: timedelta | None = None
     """See `Schedule.tolerance`, which holds when this is None."""
 
+    eager: bool = True
+    """Never done yet is due at once: right for a backup. A verify waits for its first due time instead."""
+
     @property
     def key(self) -> tuple[str, str]:
         return self.name, self.source
@@ -108,6 +111,7 @@ class Scheduler:
         self._stopping = False
         self._stop = threading.Event()
         self._started = clock()
+        self._since = self._started  # the first that is known of this agent: what was due before was not ours
         self._ticked = time.monotonic()
         self._timer: BackgroundScheduler | None = None
         everything = [*self.jobs, *(job.then for job in self.jobs if job.then)]
@@ -128,6 +132,7 @@ class Scheduler:
         from apscheduler.schedulers.background import BackgroundScheduler
 
         self._started = self._clock()
+        self._since = min(self._started, self._catalog.began() or self._started)
         self._keep_house()
         for name, lane in self._lanes.items():
             for number in range(self._parallel[name]):
@@ -214,8 +219,7 @@ class Scheduler:
         for job in self.jobs:
             if job.schedule is None:
                 continue
-            last_ok = self._catalog.last_ok(*job.key)
-            due = due_now(job.schedule, last_ok.started if last_ok else None, now)
+            due = due_now(job.schedule, self._last_ok(job), now)
             if due is None:
                 continue
             attempts = [
@@ -241,6 +245,10 @@ class Scheduler:
                 self._record(missed)
                 log.warning("%s %s was missed: due at %s", job.name, job.source, due.isoformat())
             self._submit(job, due)
+
+    def _last_ok(self, job: Job) -> datetime | None:
+        run = self._catalog.last_ok(*job.key)
+        return run.started if run is not None else None if job.eager else self._since
 
     def _submit(self, job: Job, due: datetime | None) -> bool:
         now = self._clock()
@@ -349,11 +357,11 @@ class Scheduler:
         if last is not None and last.status is RunStatus.FAILED:
             found.append(_problem(*job.key, "failing", last.message, last.started))
         if job.schedule is not None:
-            last_ok = self._catalog.last_ok(*job.key)
+            last_ok = self._last_ok(job)
             tolerance = job.tolerance or job.schedule.tolerance(now)
-            due = overdue(job.schedule, last_ok.started if last_ok else None, now, tolerance)
+            due = overdue(job.schedule, last_ok, now, tolerance)
             if due is not None and not self._in_good_time(job, tolerance, now):
-                when = f"last good one {last_ok.started.isoformat()}" if last_ok else "never a good one"
+                when = f"last good one {last_ok.isoformat()}" if last_ok else "never a good one"
                 found.append(_problem(*job.key, "overdue", f"was due {due.isoformat()}; {when}", due))
         return found
 

@@ -9,15 +9,6 @@ from zoneinfo import ZoneInfo
 
 from backupd.errors import UsageError
 
-ALIASES = {
-    "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * SUN",
-    "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-}
 _HINT = 'five fields: minute hour day-of-month month day-of-week, as in "0 2 * * *" or "30 22 * * MON-FRI"'
 _WINDOWS = tuple(timedelta(minutes=m) for m in (2, 60, 1500, 8 * 1440, 32 * 1440, 367 * 1440, 9 * 366 * 1440))
 # looked through for a past due time, smallest first; nine years hold a 29 February even across 2100
@@ -56,14 +47,13 @@ class Schedule:
             raise UsageError(
                 f'unknown time zone "{timezone}"', hint='use a name such as "UTC" or "Europe/Berlin"'
             ) from None
-        expression = ALIASES.get(text.strip().lower(), text.strip())
         try:
-            next(CronSim(expression, datetime(2026, 1, 1, tzinfo=zone)))
+            next(CronSim(text, datetime(2026, 1, 1, tzinfo=zone)))
         except CronSimError as error:
             raise UsageError(f'bad schedule "{text}": {_words(error)}', hint=_HINT) from None
         except StopIteration:
             raise UsageError(f'the schedule "{text}" never comes due', hint=_HINT) from None
-        return cls(expression, timezone, jitter, seed)
+        return cls(text, timezone, jitter, seed)
 
     def after(self, instant: datetime) -> datetime:
         """The first due time later than the instant."""

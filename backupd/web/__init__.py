@@ -1,7 +1,7 @@
 """The agent's small window: `/healthz`, `/livez` and `/status`, on the standard library.
 
-No authentication: it shows names of sources, times and messages, so it listens on 127.0.0.1 unless told
-otherwise. It only reads.
+No authentication, and it shows names of sources, times and messages: it belongs on 127.0.0.1, or on a network
+of its own. It only reads.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from backupd.model import Json
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LISTEN = "127.0.0.1:8484"
-
 Answer = tuple[bool, Json]
 """Good (200) or not (503), and the JSON that tells why."""
 
@@ -37,8 +35,8 @@ class StatusServer:
     Raises UsageError where the address cannot be used.
     """
 
-    def __init__(self, listen: str, pages: dict[str, Callable[[], Answer]]) -> None:
-        self._host, self._port = parse_listen(listen)
+    def __init__(self, address: tuple[str, int], pages: dict[str, Callable[[], Answer]]) -> None:
+        self._host, self._port = address
         self._pages = pages
         self._server: _Server | None = None
         self.url = ""
@@ -51,7 +49,7 @@ class StatusServer:
         except OSError as error:
             raise UsageError(
                 f"cannot listen on {_bracketed(self._host)}:{self._port}: {error.strerror or error}",
-                hint="another agent may be running; set [serve] listen to a free address",
+                hint="another agent may be running; set serve.listen to a free address",
             ) from error
         threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.2}, name="web", daemon=True
@@ -67,16 +65,6 @@ class StatusServer:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-
-
-def parse_listen(listen: str) -> tuple[str, int]:
-    """`host:port`, `[::1]:port`, or `:port` for every address. Raises UsageError."""
-    host, _, port = listen.strip().rpartition(":")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535 or (":" in host and host[:1] != "["):
-        raise UsageError(
-            f'bad address to listen on: "{listen}"', hint=f'write host:port, as in "{DEFAULT_LISTEN}"'
-        )
-    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 -- asked for by name
 
 
 def _bracketed(host: str) -> str:
