@@ -35,6 +35,9 @@ class Codec(Protocol):
     def decode(self, stored: Buffer, size: int) -> bytes:
         """As given; `size` is the length it must have. Raises Damaged."""
 
+    def decode_unsized(self, stored: Buffer, *, limit: int) -> bytes:
+        """As given, where no index names the length: at most `limit` bytes. Raises Damaged."""
+
     def digest(self, data: Buffer) -> bytes:
         """DIGEST_SIZE bytes that name this content."""
 
@@ -72,6 +75,15 @@ class ZstdCodec:
         if len(data) != size:
             raise Damaged("a compressed frame does not have the length that its index names")
         return bytes(data)
+
+    def decode_unsized(self, stored: Buffer, *, limit: int) -> bytes:
+        try:
+            size = zstandard.frame_content_size(stored)
+        except zstandard.ZstdError as error:
+            raise Damaged(f"it is not a compressed frame: {error}") from None
+        if not 0 <= size <= limit:
+            raise Damaged("the compressed frame does not say its length, or lies about it")
+        return self.decode(stored, size)
 
     def digest(self, data: Buffer) -> bytes:
         return blake3(data).digest(length=DIGEST_SIZE)

@@ -174,4 +174,3 @@ def read_page(repository: Repository, source: str, ref: PageRef) -> Page:
     if repository.codec.digest(plain).hex() != ref.digest:
         raise Damaged(f"an index page in the pack {ref.pack} is not what was written")
     return decode_page(plain)
-

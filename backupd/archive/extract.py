@@ -64,7 +64,8 @@ class Extraction:
             os.makedirs(self._into, exist_ok=True)
             if os.listdir(self._into):
                 raise RestoreFailed(
-                    f"{self._into} is not empty", hint="a restore never overwrites: give an empty or a new directory"
+                    f"{self._into} is not empty",
+                    hint="a restore never overwrites: give an empty or a new directory",
                 )
             self._made.add("")
             members = 0
@@ -151,7 +152,10 @@ class Extraction:
         with ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool:
             keys = list(self._jobs)
             step = max(1, len(keys) // (workers * 4))
-            futures = [pool.submit(self._write_frames, keys[i : i + step], extents) for i in range(0, len(keys), step)]
+            futures = [
+                pool.submit(self._write_frames, keys[i : i + step], extents)
+                for i in range(0, len(keys), step)
+            ]
             wait(futures)
             for future in futures:
                 future.result()
@@ -305,6 +309,3 @@ def _place(part: memoryview, at: int, extents: list[list[int]] | None) -> Iterat
             yield offset + inside, part[:step]
             part, at = part[step:], at + step
         before += length
-
-
-

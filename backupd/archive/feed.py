@@ -35,7 +35,9 @@ class ChunkFill:
         return size
 
 
-def feed_large(pipeline: Pipeline, fill: Fill, cutter: Cutter, *, header: bytes, size: int | None) -> tuple[Pieces, int]:
+def feed_large(
+    pipeline: Pipeline, fill: Fill, cutter: Cutter, *, header: bytes, size: int | None
+) -> tuple[Pieces, int]:
     """Content of known length behind one tar header (or none): at most `size` bytes are taken.
 
     Returns its pieces and the bytes read. Where `header` is given, what was promised and did not come is made up
@@ -65,7 +67,9 @@ def feed_stream(
     pieces: Pieces = []
     total = 0
     blank = bytes(tar.BLOCK) if part_header else b""
-    for number, (slab, start, count, lengths) in enumerate(_slabs(pipeline, fill, cutter, blank, None, every=True), 1):
+    for number, (slab, start, count, lengths) in enumerate(
+        _slabs(pipeline, fill, cutter, blank, None, every=True), 1
+    ):
         at = start
         for length in lengths:
             slab.blobs.append((at, length, pieces))

@@ -71,7 +71,10 @@ SKIPPABLE_HEADER = _SKIPPABLE.size
 def encode_directory(directory: Directory, codec: Codec) -> bytes:
     """The directory frame, tail included."""
     head = json.dumps(
-        {"frames": [[f.offset, f.length, f.size, f.blobs] for f in directory.frames], "pages": directory.pages},
+        {
+            "frames": [[f.offset, f.length, f.size, f.blobs] for f in directory.frames],
+            "pages": directory.pages,
+        },
         separators=(",", ":"),
     ).encode()
     plain = _HEAD.pack(len(head), directory.count) + head + directory.blobs

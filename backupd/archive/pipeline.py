@@ -163,7 +163,9 @@ class Pipeline:
         if self._failure is not None:
             raise self._failure
         if self._stop.is_set():
-            raise Interrupted("the backup was told to stop; nothing it wrote counts, the next one will use it")
+            raise Interrupted(
+                "the backup was told to stop; nothing it wrote counts, the next one will use it"
+            )
 
     def finish(self) -> None:
         """Everything is stored when this returns."""

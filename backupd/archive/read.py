@@ -55,7 +55,9 @@ _TAR_TYPES = {
 class PointArchive:
     """A model.Archive on a repository."""
 
-    def __init__(self, repository: Repository, manifest: Manifest, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, repository: Repository, manifest: Manifest, *, progress: Progress | None = None
+    ) -> None:
         self._repository = repository
         self._manifest = manifest
         self._progress = progress or Silence()
@@ -145,7 +147,9 @@ class PointArchive:
         )
 
 
-def open_archive(repository: Repository, point: RecoveryPoint, *, progress: Progress | None = None) -> PointArchive:
+def open_archive(
+    repository: Repository, point: RecoveryPoint, *, progress: Progress | None = None
+) -> PointArchive:
     """Raises ObjectMissing, Damaged."""
     return PointArchive(repository, repository.manifest(point), progress=progress)
 

@@ -41,7 +41,9 @@ class TreeReader:
         self._writer = writer
         self._content = content
         self._plain = writer.plain
-        self._wanted = compile_patterns(content.include, content.exclude) if content.include or content.exclude else None
+        self._wanted = (
+            compile_patterns(content.include, content.exclude) if content.include or content.exclude else None
+        )
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
         self._links: dict[int, str] = {}  # inode of a file with several names -> the first of them
         self._root = -1
@@ -127,7 +129,9 @@ class TreeReader:
         if self._plain:
             mode, _, mtime, _, _, uid, gid, _ = own
             self._put_header(
-                tar.header(os.fsencode(path or "."), tar.DIRECTORY, mode & 0o7777, uid, gid, 0, mtime, xattrs=xattrs)
+                tar.header(
+                    os.fsencode(path or "."), tar.DIRECTORY, mode & 0o7777, uid, gid, 0, mtime, xattrs=xattrs
+                )
             )
         return row
 
@@ -166,7 +170,9 @@ class TreeReader:
         if self._plain:
             mode, _, mtime, _, _, uid, gid, _ = entry
             link = os.fsencode(first)
-            self._put_header(tar.header(os.fsencode(full), tar.HARDLINK, mode & 0o7777, uid, gid, 0, mtime, link=link))
+            self._put_header(
+                tar.header(os.fsencode(full), tar.HARDLINK, mode & 0o7777, uid, gid, 0, mtime, link=link)
+            )
         return [name, *entry, None, {"hardlink": first}]
 
     def _read_special(self, directory: int, full: str, name: str, entry: StatTuple, kind: int) -> Row:
@@ -184,7 +190,15 @@ class TreeReader:
             link = os.fsencode(content or "")
             self._put_header(
                 tar.header(
-                    os.fsencode(full), _TAR_TYPES[kind], mode & 0o7777, uid, gid, 0, mtime, link=link, device=device
+                    os.fsencode(full),
+                    _TAR_TYPES[kind],
+                    mode & 0o7777,
+                    uid,
+                    gid,
+                    0,
+                    mtime,
+                    link=link,
+                    device=device,
                 )
             )
         return row
@@ -225,7 +239,9 @@ class TreeReader:
         finally:
             os.close(fd)
 
-    def _read_small(self, fd: int, full: str, entry: StatTuple) -> tuple[int, StatTuple, dict[bytes, bytes], int]:
+    def _read_small(
+        self, fd: int, full: str, entry: StatTuple
+    ) -> tuple[int, StatTuple, dict[bytes, bytes], int]:
         """Read into the slab without claiming the room yet: (bytes, tuple afterwards, xattrs, where it begins)."""
         names = os.listxattr(fd)
         xattrs = _read_xattrs(fd) if names else {}
@@ -242,7 +258,9 @@ class TreeReader:
             size += got
         return min(size, want), stat_tuple(os.fstat(fd)), xattrs, start
 
-    def _take_small(self, full: str, size: int, entry: StatTuple, xattrs: dict[bytes, bytes], start: int) -> Pieces:
+    def _take_small(
+        self, full: str, size: int, entry: StatTuple, xattrs: dict[bytes, bytes], start: int
+    ) -> Pieces:
         pieces: Pieces = []
         pipeline = self._writer.pipeline
         slab = pipeline.room(0)
@@ -261,7 +279,9 @@ class TreeReader:
     def _header(self, full: str, size: int, entry: StatTuple, xattrs: dict[bytes, bytes]) -> bytes:
         mode, _, mtime, _, _, uid, gid, _ = entry
         if xattrs:
-            return tar.header(os.fsencode(full), tar.FILE, mode & 0o7777, uid, gid, size, mtime, xattrs=xattrs)
+            return tar.header(
+                os.fsencode(full), tar.FILE, mode & 0o7777, uid, gid, size, mtime, xattrs=xattrs
+            )
         return tar.file_header(os.fsencode(full), mode & 0o7777, uid, gid, size, mtime // 10**9)
 
     def _read_large(self, fd: int, full: str, name: str, entry: StatTuple) -> Row:
@@ -273,7 +293,15 @@ class TreeReader:
         header = b""
         if self._plain:
             header = tar.header(
-                os.fsencode(full), tar.FILE, mode & 0o7777, uid, gid, size, mtime, xattrs=xattrs, sparse=sparse
+                os.fsencode(full),
+                tar.FILE,
+                mode & 0o7777,
+                uid,
+                gid,
+                size,
+                mtime,
+                xattrs=xattrs,
+                sparse=sparse,
             )
         fill: Callable[[memoryview], int] = (
             (lambda view: os.readv(fd, [view])) if sparse is None else _ExtentFill(fd, sparse)

@@ -121,7 +121,9 @@ class ArchiveWriter:
         for item in self._pages:
             page = self._pipeline.pages[item] if isinstance(item, int) and self._pipeline else item
             if not isinstance(page, PageRef):
-                raise CaptureFailed("an index page was not written", hint="this is a bug in backupd: please report it")
+                raise CaptureFailed(
+                    "an index page was not written", hint="this is a bug in backupd: please report it"
+                )
             pages.append(page)
         mine = {pack.name: pack for pack in new}
         needed = dict.fromkeys(name for page in pages for name in (page.pack, *page.packs))

@@ -1,0 +1,149 @@
+"""Back up one source: capture it, write its archive, and only then say that there is a recovery point."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from backupd.archive import ArchiveWriter, Written, write_archive
+from backupd.errors import CaptureFailed, Locked, StoreError
+from backupd.model import (
+    Capture,
+    Clock,
+    Content,
+    Driver,
+    Lease,
+    PointKind,
+    Progress,
+    RecoveryPoint,
+    Run,
+    RunStatus,
+    Tree,
+)
+from backupd.repository import Manifest, Repository, new_point_id
+
+_SHRANK = 10
+"""A source a tenth of what it was is more often the wrong place than a tidy one."""
+_MATTERS = 64 << 10
+"""Bytes: what was smaller than this may shrink as it likes."""
+
+
+def back_up(
+    source: str,
+    driver: Driver,
+    repository: Repository,
+    *,
+    clock: Clock,
+    progress: Progress,
+    stop: threading.Event,
+    due: datetime | None = None,
+    allow_shrink: bool = False,
+) -> Run:
+    """One backup. The Run is OK or WARNED, and `point` names the new recovery point.
+
+    Raises CaptureFailed where the source fails, or is empty or shrank to a tenth and `allow_shrink` is false;
+    StoreError, Locked, Interrupted. Then there is no new point, and the one before is still the latest.
+    """
+    started = clock()
+    point_id = new_point_id()
+    with _lease(repository, source) as lease:
+        writer = ArchiveWriter(repository, source, point_id, progress=progress, stop=stop)
+        latest = writer.earlier.latest
+        progress.stage(f"{source}: capturing")
+        with driver.capture(latest.point if latest else None) as capture:
+            written = write_archive(writer, _without_repository(capture, repository))
+        # The context has ended well: what made the bytes has said that they are all there.
+        if not allow_shrink:
+            _check_size(source, written, latest.point if latest else None)
+        point = _point(source, point_id, driver, capture, written, started, clock())
+        _check_packs(repository, source, written)
+        if lease is not None:
+            lease.check()
+        repository.commit(
+            Manifest(point, repository.codec.name, written.ordered, written.pages, written.packs)
+        )
+    status = RunStatus.WARNED if point.warnings else RunStatus.OK
+    return Run(
+        id=secrets.token_hex(6), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
+        point=point_id, size=point.size, stored=point.stored, warnings=point.warnings,
+    )  # fmt: skip
+
+
+def _point(
+    source: str,
+    point_id: str,
+    driver: Driver,
+    capture: Capture,
+    written: Written,
+    started: datetime,
+    finished: datetime,
+) -> RecoveryPoint:
+    attributes = dict(capture.attributes)
+    if written.sockets:
+        attributes["sockets_skipped"] = written.sockets
+    return RecoveryPoint(
+        id=point_id, source=source, driver=driver.kind, kind=PointKind.FULL, instant=capture.instant, started=started,
+        finished=finished, size=written.size, stored=written.stored, members=written.members,
+        warnings=(*capture.warnings, *written.warnings), facts=dict(capture.facts), attributes=attributes,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _lease(repository: Repository, source: str) -> Iterator[Lease | None]:
+    """Keeps prune away from what this run takes over. Where the store cannot promise a lease nothing can be
+    pruned by others either, and the check before the commit is enough."""
+    with contextlib.ExitStack() as stack:
+        lease: Lease | None = None
+        try:
+            lease = stack.enter_context(repository.lease(source))
+        except Locked as error:
+            raise Locked(
+                f"another backup or prune of {source} is at work",
+                hint="wait for it to end; a dead agent's lease falls free by itself",
+            ) from error
+        except StoreError as error:
+            if error.transient:
+                raise
+        yield lease
+
+
+def _without_repository(capture: Capture, repository: Repository) -> Content:
+    """A local repository below the tree that is backed up must not back up itself."""
+    content = capture.content
+    if not isinstance(content, Tree) or "://" in repository.store.location:
+        return content
+    try:
+        inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())
+    except ValueError:
+        return content
+    return replace(content, exclude=(*content.exclude, f"/{inside}/"))
+
+
+def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:
+    """Empty, or a tenth of what it was: a failure until a person says otherwise."""
+    if written.size == 0:
+        raise CaptureFailed(
+            f"{source} is empty: no file in it has any content",
+            hint="is it the right place, and mounted? if it is meant to be empty, run `backupd backup --allow-shrink`",
+        )
+    if latest is not None and latest.size > _MATTERS and written.size * _SHRANK < latest.size:
+        raise CaptureFailed(
+            f"{source} shrank from {latest.size:,} to {written.size:,} bytes since {latest.started:%Y-%m-%d %H:%M} UTC",
+            hint="is it the right place, and whole? if it is meant to be, run `backupd backup --allow-shrink` once",
+        )
+
+
+def _check_packs(repository: Repository, source: str, written: Written) -> None:
+    """Everything a manifest names is there when it is written."""
+    present = {name: info.size for name, info in repository.packs(source)}
+    for pack in written.packs:
+        if present.get(pack.name) != pack.size:
+            raise CaptureFailed(
+                f"the pack {pack.name} of {source} vanished while the backup ran",
+                hint="was the repository changed by hand? run the backup again",
+            )
