@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from backupd.errors import BackupdError, Interrupted, UsageError
+from backupd.errors import BackupdError, Interrupted, Locked, UsageError
 from backupd.log import mask, run_context
 from backupd.model import Clock, RecoveryPoint, Run, RunStatus
 
@@ -34,7 +34,7 @@ GOOD = (RunStatus.OK, RunStatus.WARNED)
 
 _WAIT = 30.0  # seconds to wait for another process's write; each of ours takes milliseconds
 _KEEP = timedelta(days=400)  # a year and a bit, so that last year's same day can still be compared
-_DIED = (
+DIED = (
     "the agent ended in the middle of it; hint: what it stored is not a recovery point and does no harm, "
     "the next run takes its place"
 )
@@ -133,7 +133,7 @@ class Catalog:
                 continue
             # read only now: up to its death the agent may have ended its runs itself
             for run in self._select("WHERE status = ? AND agent = ?", (*running, agent)):
-                ended = replace(run, status=RunStatus.ABANDONED, finished=now, message=_DIED)
+                ended = replace(run, status=RunStatus.ABANDONED, finished=now, message=DIED)
                 self.record(ended)
                 stale.append(ended)
         for path in self.path.parent.glob(
@@ -338,13 +338,13 @@ def carry_out(
     """Do the work and keep its record: RUNNING from now, then what it came to.
 
     The run that `work` returns is recorded under this record's own id, job, source, start and due time. What
-    it raises is recorded (Interrupted as ABANDONED, everything else as FAILED with message and hint) and
-    raised again. A record that cannot be written is logged and stops nothing: a backup matters more than its
-    history.
+    it raises is recorded (Interrupted as ABANDONED, Locked as REFUSED, everything else as FAILED with message
+    and hint) and raised again. A record that cannot be written is logged and stops nothing: a backup matters
+    more than its history.
     """
     started = clock()
     run = Run(run_id or new_run_id(started), job, source, RunStatus.RUNNING, started, due=due)
-    _try_record(catalog, run)
+    record_or_log(catalog, run)
     with run_context(run=run.id, job=job, source=source):
         try:
             done = work()
@@ -352,7 +352,9 @@ def carry_out(
             status = RunStatus.FAILED
             if isinstance(error, Interrupted | KeyboardInterrupt):
                 status = RunStatus.ABANDONED
-            _try_record(catalog, replace(run, status=status, finished=clock(), message=explain(error)))
+            elif isinstance(error, Locked):
+                status = RunStatus.REFUSED
+            record_or_log(catalog, replace(run, status=status, finished=clock(), message=explain(error)))
             raise
         done = replace(
             done,
@@ -363,7 +365,7 @@ def carry_out(
             due=due,
             finished=done.finished or clock(),
         )
-        _try_record(catalog, done)
+        record_or_log(catalog, done)
         return done
 
 
@@ -376,7 +378,8 @@ def explain(error: BaseException) -> str:
     return mask(f"{type(error).__name__}: {error}")
 
 
-def _try_record(catalog: Catalog, run: Run) -> None:
+def record_or_log(catalog: Catalog, run: Run) -> None:
+    """Record a run; where that is not possible, say so and go on."""
     try:
         catalog.record(run)
     except BackupdError as error:

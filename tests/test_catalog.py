@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from backupd import log
 from backupd.catalog import Catalog, carry_out, default_path, new_run_id
-from backupd.errors import CaptureFailed, Interrupted, UsageError
+from backupd.errors import CaptureFailed, Interrupted, Locked, UsageError
 from backupd.model import PointKind, RecoveryPoint, Run, RunStatus
 
 T0 = datetime(2026, 5, 1, 2, 0, tzinfo=UTC)
@@ -313,6 +313,7 @@ def test_work_is_on_record_while_it_is_done_and_after(catalog: Catalog) -> None:
     [
         (CaptureFailed("pg_dump ended with 1", hint="look at its last line"), RunStatus.FAILED,
          "pg_dump ended with 1; hint: look at its last line"),
+        (Locked("another is at work"), RunStatus.REFUSED, "another is at work"),
         (Interrupted("told to stop"), RunStatus.ABANDONED, "told to stop"),
         (KeyboardInterrupt(), RunStatus.ABANDONED, "interrupted"),
         (ZeroDivisionError("oops"), RunStatus.FAILED, "ZeroDivisionError: oops"),

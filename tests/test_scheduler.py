@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backupd.catalog import Catalog
-from backupd.errors import CaptureFailed, Interrupted, UsageError
+from backupd.catalog import DIED, Catalog
+from backupd.errors import CaptureFailed, Interrupted, Locked, StoreError, UsageError
 from backupd.model import Run, RunStatus
-from backupd.scheduler import Job, Schedule, Scheduler, due_now, overdue
-from backupd.scheduler.loop import _trigger_class
+from backupd.scheduler import Job, Schedule, Scheduler, due_now, loop, overdue
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
@@ -46,7 +45,7 @@ def test_a_daily_job_runs_once_on_each_local_day_around_a_change_of_the_clocks(
 ) -> None:
     """No day lost and none doubled, as the timer asks for it: fire time after fire time."""
     schedule = Schedule.parse(f"{half_hour % 2 * 30} {half_hour // 2} * * *", zone)
-    trigger = _trigger_class()(schedule)
+    trigger = loop._trigger_class()(schedule)
     tz = ZoneInfo(zone)
     now = datetime(change.year, change.month, change.day, tzinfo=tz).astimezone(UTC) - 4 * DAY
     end = now + 8 * DAY
@@ -333,7 +332,7 @@ def test_an_agent_killed_by_its_own_backup_does_not_try_for_ever(catalog: Catalo
     due = at("2026-05-04T02:00")
     for n in range(3):
         began = due + timedelta(minutes=n)
-        catalog.record(Run(f"r{n}", "backup", "orders", RunStatus.ABANDONED, began, began, due))
+        catalog.record(Run(f"r{n}", "backup", "orders", RunStatus.ABANDONED, began, began, due, message=DIED))
     scheduler = start(
         Job("backup", "orders", lambda stop, due: ok(), DAILY), starting=timedelta(), now="2026-05-04T09:00"
     )
@@ -342,6 +341,16 @@ def test_an_agent_killed_by_its_own_backup_does_not_try_for_ever(catalog: Catalo
     later = start(Job("backup", "orders", lambda stop, due: ok(), DAILY), now="2026-05-05T09:00")
     until(lambda: statuses(catalog)[-1] == "ok")
     assert later.health().healthy
+
+
+def test_one_that_failed_or_was_stopped_is_tried_at_every_start(catalog: Catalog, start: Start) -> None:
+    """Who mends the password and restarts the agent need not wait for tomorrow."""
+    due = at("2026-05-04T02:00")
+    for n, status in enumerate([RunStatus.FAILED, RunStatus.ABANDONED] * 3):
+        began = due + timedelta(minutes=n)
+        catalog.record(Run(f"r{n}", "backup", "orders", status, began, began, due))
+    start(Job("backup", "orders", lambda stop, due: ok(), DAILY))
+    until(lambda: statuses(catalog)[-1] == "ok")
 
 
 def test_a_run_that_comes_while_the_one_before_is_at_work_is_refused_and_recorded(
@@ -429,6 +438,43 @@ def test_no_error_of_a_job_ends_the_loop(
     assert scheduler.run_now("backup", "orders")
     until(lambda: statuses(catalog) == [status, "ok"])
     assert scheduler.health().healthy
+
+
+@pytest.mark.parametrize("error", [Locked("held"), StoreError("no answer", transient=True)])
+def test_what_met_a_locked_or_absent_repository_has_another_try_soon(
+    catalog: Catalog, start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The lease of a killed agent falls free after a minute: its successor must not wait a day for that."""
+    monkeypatch.setattr(loop, "_AGAIN_AFTER", (0.05, 0.1))
+    errors = [error, error]
+
+    def work(_stop: threading.Event, _due: datetime | None) -> Run:
+        if errors:
+            raise errors.pop()
+        return ok()
+
+    start(Job("backup", "orders", work, DAILY))
+    until(lambda: statuses(catalog)[-1:] == ["ok"])
+    assert len(catalog.runs()) == 3
+    assert {run.due for run in catalog.runs()} == {at("2026-05-04T02:00")}
+
+
+def test_tries_come_to_an_end_and_what_failed_for_good_has_none(
+    catalog: Catalog, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_AGAIN_AFTER", (0.02, 0.02))
+
+    def locked(_stop: threading.Event, _due: datetime | None) -> Run:
+        raise Locked("held")
+
+    def refused(_stop: threading.Event, _due: datetime | None) -> Run:
+        raise StoreError("access denied")
+
+    start(Job("backup", "a", locked, DAILY), Job("backup", "b", refused, DAILY))
+    until(lambda: len(catalog.runs("a")) == 3)
+    time.sleep(0.2)
+    assert [run.status for run in catalog.runs("a")] == [RunStatus.REFUSED] * 3
+    assert [run.status for run in catalog.runs("b")] == [RunStatus.FAILED]
 
 
 def test_each_failing_job_is_seen_whatever_the_others_do(catalog: Catalog, start: Start) -> None:

@@ -7,12 +7,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from backupd.catalog import GOOD, Catalog, carry_out, explain, new_run_id
-from backupd.errors import BackupdError, Interrupted, UsageError
+from backupd.catalog import DIED, GOOD, Catalog, carry_out, explain, new_run_id, record_or_log
+from backupd.errors import BackupdError, Interrupted, Locked, StoreError, UsageError
 from backupd.log import run_context
 from backupd.model import Clock, Json, Run, RunStatus
 from backupd.scheduler.schedule import Schedule, due_now, overdue
@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 TICK = 15.0  # seconds; also the longest that a clock set forward or a resumed laptop goes unnoticed
 _DEAD = 4 * TICK  # without a tick for this long the loop is stuck
-_ATTEMPTS = 3  # catch-ups of one due time: an agent killed by its own backup must not do so for ever
+_AGAIN_AFTER = (60.0, 300.0, 900.0)  # seconds
+_DEATHS = 3  # of the agent during one due run: one killed by its own backup must not begin it for ever
 
 
 Work: TypeAlias = Callable[[threading.Event, "datetime | None"], Run]
@@ -71,18 +72,18 @@ class Health:
 
 
 @dataclass(slots=True)
-class _Active:
+class _Task:
+    job: Job
+    due: datetime | None
     since: datetime
     run_id: str
-    due: datetime | None
+    attempt: int = 0
     at_work: bool = False
 
 
 @dataclass(slots=True)
 class _Lane:
-    tasks: queue.SimpleQueue[tuple[Job, datetime | None, str] | None] = field(
-        default_factory=queue.SimpleQueue
-    )
+    tasks: queue.SimpleQueue[_Task | None] = field(default_factory=queue.SimpleQueue)
     threads: list[threading.Thread] = field(default_factory=list)
 
 
@@ -107,7 +108,7 @@ class Scheduler:
         self._clock = clock
         self._starting = starting
         self._lock = threading.Lock()
-        self._active: dict[tuple[str, str], _Active] = {}
+        self._active: dict[tuple[str, str], _Task] = {}
         self._stopping = False
         self._stop = threading.Event()
         self._started = clock()
@@ -191,17 +192,12 @@ class Scheduler:
 
     def _write_off(self) -> None:
         with self._lock:
-            left = {key: active for key, active in self._active.items() if active.at_work}
+            left = [task for task in self._active.values() if task.at_work]
         message = "cut off: it did not stop when told to; hint: give the agent a longer grace period"
-        for (name, source), active in left.items():
-            log.error("%s %s did not stop when told to; cut off", name, source)
-            self._record(
-                Run(
-                    *(active.run_id, name, source, RunStatus.ABANDONED),
-                    *(active.since, self._clock(), active.due),
-                    message=message,
-                )
-            )
+        for task in left:
+            log.error("%s %s did not stop when told to; cut off", *task.job.key)
+            run = Run(task.run_id, *task.job.key, RunStatus.ABANDONED, task.since, self._clock(), task.due)
+            record_or_log(self._catalog, replace(run, message=message))
 
     # --- deciding ----------------------------------------------------------------------------------------
 
@@ -222,50 +218,36 @@ class Scheduler:
             due = due_now(job.schedule, self._last_ok(job), now)
             if due is None:
                 continue
-            attempts = [
-                run
-                for run in self._catalog.runs(job.source, job.name, limit=4 * _ATTEMPTS)
-                if run.due == due and run.status in (RunStatus.ABANDONED, RunStatus.FAILED)
-            ]
-            if len(attempts) >= _ATTEMPTS:
-                log.error(
-                    "%s %s: not tried again before its next time: it ended badly %d times; last: %s",
-                    *(job.name, job.source, len(attempts), attempts[0].message),
-                )
+            tries = [run for run in self._catalog.runs(job.source, job.name, limit=20) if run.due == due]
+            if sum(run.message == DIED for run in tries) >= _DEATHS:
+                log.error("%s %s waits for its next time: the agent died of it %d times", *job.key, _DEATHS)
                 continue
             last = self._catalog.last(*job.key)
             if last is not None and last.started < due:
-                message = "the agent was not there when it was due; caught up at its start"
-                missed = Run(
-                    f"missed-{due:%Y%m%dT%H%M%SZ}-{job.name}-{job.source}",
-                    *(job.name, job.source, RunStatus.MISSED, due),
-                    *(now, due),
-                    message=message,
-                )
-                self._record(missed)
-                log.warning("%s %s was missed: due at %s", job.name, job.source, due.isoformat())
+                log.warning("%s %s was missed: due at %s", *job.key, due.isoformat())
+                record_or_log(self._catalog, _missed(job, due, now))
             self._submit(job, due)
 
     def _last_ok(self, job: Job) -> datetime | None:
         run = self._catalog.last_ok(*job.key)
         return run.started if run is not None else None if job.eager else self._since
 
-    def _submit(self, job: Job, due: datetime | None) -> bool:
+    def _submit(self, job: Job, due: datetime | None, attempt: int = 0) -> bool:
         now = self._clock()
         with self._lock:
             if self._stopping:
                 return False
             before = self._active.get(job.key)
             if before is None:
-                run_id = new_run_id(now)
-                self._active[job.key] = _Active(now, run_id, due)
-                self._lanes[job.lane].tasks.put((job, due, run_id))
+                self._active[job.key] = task = _Task(job, due, now, new_run_id(now), attempt)
+                self._lanes[job.lane].tasks.put(task)
                 return True
         doing = "at work" if before.at_work else "waiting"
         message = f"the one before it is still {doing}, since {before.since.isoformat(timespec='seconds')}"
         log.warning("%s %s refused: %s", job.name, job.source, message)
-        self._record(
-            Run(new_run_id(now), *job.key, RunStatus.REFUSED, now, finished=now, due=due, message=message)
+        record_or_log(
+            self._catalog,
+            Run(new_run_id(now), *job.key, RunStatus.REFUSED, now, finished=now, due=due, message=message),
         )
         return False
 
@@ -273,39 +255,44 @@ class Scheduler:
 
     def _work(self, lane: _Lane) -> None:
         while (task := lane.tasks.get()) is not None:
-            job, due, run_id = task
             good = False
             try:
                 with self._lock:
-                    wanted = not self._stopping
-                    self._active[job.key].at_work = wanted
-                if wanted:
-                    good = self._do(job, due, run_id)
+                    task.at_work = not self._stopping
+                if task.at_work:
+                    good = self._do(task)
             finally:
                 with self._lock:
-                    del self._active[job.key]
-            if good and job.then is not None:
-                self._submit(job.then, None)
+                    del self._active[task.job.key]
+            if good and task.job.then is not None:
+                self._submit(task.job.then, None)
 
-    def _do(self, job: Job, due: datetime | None, run_id: str) -> bool:
+    def _do(self, task: _Task) -> bool:
+        job = task.job
         what = f"{job.name} {job.source}".strip()
-        with run_context(run=run_id, job=job.name, source=job.source):
+        with run_context(run=task.run_id, job=job.name, source=job.source):
             log.info("%s began", what)
             try:
                 run = carry_out(
                     self._catalog,
                     *job.key,
-                    lambda: job.work(self._stop, due),
+                    lambda: job.work(self._stop, task.due),
                     clock=self._clock,
-                    due=due,
-                    run_id=run_id,
+                    due=task.due,
+                    run_id=task.run_id,
                 )
             except Interrupted as error:
                 log.warning("%s abandoned: %s", what, explain(error))
                 return False
+            except Locked as error:
+                log.warning("%s refused: %s", what, explain(error))
+                self._try_again(task)
+                return False
             except BaseException as error:  # nothing that a job does may end the loop
                 expected = isinstance(error, BackupdError)
                 log.error("%s failed: %s", what, explain(error), exc_info=None if expected else error)
+                if isinstance(error, StoreError) and error.transient:
+                    self._try_again(task)
                 return False
             seconds = ((run.finished or run.started) - run.started).total_seconds()
             told = "".join(f"; warning: {warning}" for warning in run.warnings[:5])
@@ -313,11 +300,20 @@ class Scheduler:
             log.log(level, "%s %s in %.1f s%s%s", what, run.status.value, seconds, told, _point(run))
             return run.status in GOOD
 
-    def _record(self, run: Run) -> None:
-        try:
-            self._catalog.record(run)
-        except BackupdError as error:
-            log.error("run %s (%s) was not recorded: %s", run.id, run.status.value, explain(error))
+    def _try_again(self, task: _Task) -> None:
+        """What was due and only met a locked or absent repository has another try after a while: the lease of
+        an agent that was killed takes a minute to fall free, and tomorrow is late for today's backup."""
+        timer = self._timer  # None once stopping
+        if task.due is None or task.attempt >= len(_AGAIN_AFTER) or timer is None:
+            return
+        wait = timedelta(seconds=_AGAIN_AFTER[task.attempt])
+        log.info("another try at %s", (self._clock() + wait).isoformat(timespec="seconds"))
+        timer.add_job(
+            self._submit,
+            "date",
+            run_date=datetime.now(UTC) + wait,
+            args=(task.job, task.due, task.attempt + 1),
+        )
 
     def _tick(self) -> None:
         self._ticked = time.monotonic()
@@ -325,9 +321,12 @@ class Scheduler:
     def _keep_house(self) -> None:
         try:
             for run in self._catalog.abandon_stale(self._clock()):
+                began = run.started.isoformat(timespec="seconds")
                 log.error(
-                    "%s %s was cut off: its agent ended in the middle of it (started %s)",
-                    *(run.job, run.source, run.started.isoformat(timespec="seconds")),
+                    "%s %s was cut off: its agent ended in the middle of it (began %s)",
+                    run.job,
+                    run.source,
+                    began,
                 )
             self._catalog.forget(self._clock())
         except BackupdError as error:
@@ -391,6 +390,19 @@ class Scheduler:
                 }
             )
         return {"now": now.isoformat(), "started": self._started.isoformat(), "jobs": jobs}
+
+
+def _missed(job: Job, due: datetime, now: datetime) -> Run:
+    return Run(
+        id=f"missed-{due:%Y%m%dT%H%M%SZ}-{job.name}-{job.source}",
+        job=job.name,
+        source=job.source,
+        status=RunStatus.MISSED,
+        started=due,
+        finished=now,
+        due=due,
+        message="the agent was not there when it was due; caught up at its start",
+    )
 
 
 def _point(run: Run) -> str:
