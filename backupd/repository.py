@@ -195,6 +195,10 @@ class Repository:
         data = json.dumps(encode_manifest(manifest), separators=(",", ":")).encode()
         self.store.put(point_key(manifest.point), self.codec.encode(data))
 
+    def point_keys(self, source: str) -> list[str]:
+        """Of every manifest of a source, oldest start first, readable or not."""
+        return [info.key for info in self._point_objects(source)]
+
     def remove_point(self, point: RecoveryPoint, lease: Lease) -> None:
         lease.check()
         self.store.delete(point_key(point))

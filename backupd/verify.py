@@ -1,0 +1,213 @@
+"""Compare what is stored with what was written.
+
+Structure: every manifest, every pack it names, their directories, every index page, and that each member's content
+lies in a blob that exists. Data: frames of whole packs are decoded and every blob compared with its digest, in
+parallel. Nothing stops at the first damage: the report names each, and the points that need it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from backupd.archive.earlier import load_directory, read_page
+from backupd.archive.pack import BLOB, Directory
+from backupd.archive.page import CONTENT, MODE, NAME, SIZE, extra_of, is_file
+from backupd.errors import BackupdError, Damaged, StoreError
+from backupd.model import Progress
+from backupd.repository import Manifest, PackRef, PageRef, Repository
+
+T = TypeVar("T")
+
+_READERS = 4
+_MOST_PROBLEMS = 1000
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was looked at and what is wrong. `problems` empty: everything looked at is as it was written."""
+
+    points: int = 0
+    objects: int = 0
+    bytes_read: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(
+    repository: Repository,
+    *,
+    sources: Sequence[str] | None,
+    data_percent: float = 0,
+    progress: Progress,
+    choose: Callable[[Sequence[str], int], Sequence[str]] | None = None,
+) -> VerifyReport:
+    """Structure of everything; data of `data_percent` of the packs, chosen at random (or by `choose`).
+
+    Raises StoreError where the store cannot be listed: that is not a finding about what is stored.
+    """
+    report = VerifyReport()
+    names = sources if sources is not None else repository.sources()
+    for source in names:
+        progress.stage(f"{source}: verifying")
+        _Source(repository, source, report, progress, choose or random.SystemRandom().sample).run(
+            data_percent
+        )
+    return report
+
+
+class _Source:
+    """One source's share of the work."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        source: str,
+        report: VerifyReport,
+        progress: Progress,
+        choose: Callable[[Sequence[str], int], Sequence[str]],
+    ) -> None:
+        self._repository = repository
+        self._source = source
+        self._report = report
+        self._progress = progress
+        self._choose = choose
+        self._lock = threading.Lock()
+        self._needed_by: dict[str, list[str]] = defaultdict(list)  # pack -> points
+        self._counts: dict[str, int] = {}  # pack -> blobs, for packs whose directory is sound
+
+    def run(self, data_percent: float) -> None:
+        manifests = list(self._manifests())
+        packs = self._packs(manifests)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as readers:
+            list(readers.map(self._guard(self._check_pack), packs.values()))
+            pages = {page.digest + page.pack: (page, m) for m in manifests for page in m.pages}
+            list(readers.map(self._guard(lambda item: self._check_page(*item)), pages.values()))
+            if data_percent > 0:
+                sound = sorted(self._counts)
+                count = max(1, round(len(sound) * data_percent / 100)) if sound else 0
+                chosen = [packs[name] for name in self._choose(sound, count)]
+                list(readers.map(self._guard(self._check_data), chosen))
+
+    def _manifests(self) -> Iterator[Manifest]:
+        for key in self._repository.point_keys(self._source):
+            try:
+                manifest = self._repository.manifest_at(key)
+            except (Damaged, StoreError) as error:
+                self._problem(f"{error.message}: this point cannot be restored")
+                continue
+            self._report.points += 1
+            self._report.objects += 1
+            yield manifest
+
+    def _packs(self, manifests: Sequence[Manifest]) -> dict[str, PackRef]:
+        present = {name: info.size for name, info in self._repository.packs(self._source)}
+        found: dict[str, PackRef] = {}
+        for manifest in manifests:
+            for pack in manifest.packs:
+                found[pack.name] = pack
+                self._needed_by[pack.name].append(manifest.point.id)
+        for name, pack in list(found.items()):
+            if name not in present:
+                self._problem(f"the pack {name} is missing", name)
+                del found[name]
+            elif present[name] != pack.size:
+                self._problem(f"the pack {name} has {present[name]:,} bytes instead of {pack.size:,}", name)
+                del found[name]
+        return found
+
+    def _check_pack(self, ref: PackRef) -> None:
+        directory = self._directory(ref)
+        self._count(ref.directory)
+        self._counts[ref.name] = directory.count
+
+    def _directory(self, ref: PackRef) -> Directory:
+        try:
+            directory, read = load_directory(self._repository, self._source, ref.name, ref.size)
+        except Damaged as error:
+            raise _Finding(error.message, ref.name) from None
+        if read.digest != ref.digest:
+            raise _Finding(f"the directory of the pack {ref.name} is not what was written", ref.name)
+        return directory
+
+    def _check_page(self, ref: PageRef, manifest: Manifest) -> None:
+        if ref.pack not in self._counts:
+            return  # told already, with the pack
+        try:
+            page = read_page(self._repository, self._source, ref)
+        except Damaged as error:
+            raise _Finding(error.message, ref.pack) from None
+        self._count(ref.length)
+        for path, _, rows in page.dirs:
+            for row in rows:
+                if not is_file(row):
+                    continue
+                flat = row[CONTENT] or []
+                for pack, first, count in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+                    name = page.packs[pack]
+                    if name in self._counts and not 0 <= first <= first + count <= self._counts[name]:
+                        where = f"{path}/{row[NAME]}"
+                        raise _Finding(
+                            f"the index of point {manifest.point.id} is wrong about {where}", ref.pack
+                        )
+                if not flat and row[SIZE] and not extra_of(row) and row[MODE]:
+                    raise _Finding(f"the index says nothing of where {path}/{row[NAME]} lies", ref.pack)
+
+    def _check_data(self, ref: PackRef) -> None:
+        """One read of the whole pack, then frame by frame."""
+        directory = self._directory(ref)
+        data = self._repository.read_pack(self._source, ref.name, 0, ref.size)
+        codec = self._repository.codec
+        starts = directory.starts()
+        for number, frame in enumerate(directory.frames):
+            try:
+                plain = memoryview(codec.decode(data[frame.offset : frame.offset + frame.length], frame.size))
+            except Damaged as error:
+                raise _Finding(f"frame {number} of the pack {ref.name}: {error.message}", ref.name) from None
+            rows = directory.blobs[starts[number] * BLOB.size : starts[number + 1] * BLOB.size]
+            for offset, length, digest in BLOB.iter_unpack(rows):
+                if codec.digest(plain[offset : offset + length]) != digest:
+                    raise _Finding(f"content in the pack {ref.name} is not what was written", ref.name)
+        self._count(ref.size)
+
+    # --- telling ------------------------------------------------------------------------------------------
+
+    def _guard(self, check: Callable[[T], None]) -> Callable[[T], None]:
+        """Damage is told and the rest goes on."""
+
+        def guarded(item: T) -> None:
+            try:
+                check(item)
+            except _Finding as finding:
+                self._problem(finding.message, finding.pack)
+            except (Damaged, StoreError) as error:
+                self._problem(error.message)
+
+        return guarded
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._report.objects += 1
+            self._report.bytes_read += size
+        self._progress.advance(size, 1)
+
+    def _problem(self, text: str, pack: str = "") -> None:
+        points = self._needed_by.get(pack, [])
+        if points:
+            text += f" (needed by {len(points)} point{'s' * (len(points) > 1)}: {', '.join(points[:5])}"
+            text += ", ...)" if len(points) > 5 else ")"
+        with self._lock:
+            if len(self._report.problems) < _MOST_PROBLEMS:
+                self._report.problems.append(f"{self._source}: {text}")
+
+
+class _Finding(BackupdError):
+    """Damage, and the pack in which it is."""
+
+    def __init__(self, message: str, pack: str) -> None:
+        super().__init__(message)
+        self.pack = pack
