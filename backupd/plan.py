@@ -171,8 +171,8 @@ _EXAMPLES = 'write "2026-03-01T14:30:00Z", "2026-03-01 14:30" (configured zone),
 
 
 def format_instant(instant: datetime) -> str:
-    """RFC 3339 in UTC, to the microsecond where it has any: what is shown can be handed back to `--at`. Cut to
-    the second it would name an instant just before the point, and the restore would take the one before."""
+    """RFC 3339 in UTC, to the microsecond where it has any: what is shown can be handed back to `--at`. Cut
+    to the second it would name an instant just before the point, and the one before would be restored."""
     return instant.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from backupd.config.mistakes import ConfigInvalid, Mistake, explain, name_sources
-from backupd.config.models import Config
+from backupd.config.models import ENVIRONMENT, Config
 from backupd.config.values import Mistaken, check_schedule
 from backupd.errors import UsageError
 
@@ -46,6 +46,8 @@ def from_environment(env: Mapping[str, str]) -> Config:
     try:
         found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError:
+        if env.get("BACKUPD_REPOSITORY"):  # enough to look into it and to restore
+            return Config.model_validate({**tree, "origin": ENVIRONMENT})
         raise UsageError(
             f"there is no configuration, and no {root} to read sources from",
             hint="`backupd init` writes a backupd.toml; or mount what to protect under /backup",
@@ -59,12 +61,12 @@ def from_environment(env: Mapping[str, str]) -> Config:
     config = None
     try:
         mistakes += name_sources(tree)
-        config = Config.model_validate({**tree, "origin": "the environment"})
+        config = Config.model_validate({**tree, "origin": ENVIRONMENT})
     except ValidationError as invalid:
         names = {"defaults.timezone": "TZ", "repository": "BACKUPD_REPOSITORY"}
         mistakes += [Mistake(names.get(m.key, m.key), m.message, m.hint) for m in explain(invalid, tree, [])]
     if mistakes or config is None:
-        raise ConfigInvalid("the environment", mistakes)
+        raise ConfigInvalid(ENVIRONMENT, mistakes)
     return config
 
 

@@ -25,16 +25,20 @@ _REFERENCE = re.compile(r"\$(\$|\{([^}]*)\})")
 _NEVER = "never"
 
 
-def load(path: Path | None, env: Mapping[str, str]) -> Config:
+def load(path: Path | None, env: Mapping[str, str], *, location: str = "") -> Config:
     """The configuration in `path`; without one, the first of NAMES there is, and else what `env` says.
+    `location` names another repository than it does, with the same options.
 
     Raises ConfigInvalid with every mistake, UsageError where the file cannot be read.
     """
     if path is None:
         path = find(env)
+    if location and "://" not in location:
+        location = str(Path(location).absolute())
     if path is None:
+        env = {**env, "BACKUPD_REPOSITORY": location} if location else env
         return _settle(from_environment(env), Path.cwd(), env)
-    return parse(_read(path), origin=str(path), base=path.absolute().parent, env=env)
+    return parse(_read(path), origin=str(path), base=path.absolute().parent, env=env, location=location)
 
 
 def find(env: Mapping[str, str]) -> Path | None:
@@ -59,7 +63,7 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def parse(text: str, *, origin: str, base: Path, env: Mapping[str, str]) -> Config:
+def parse(text: str, *, origin: str, base: Path, env: Mapping[str, str], location: str = "") -> Config:
     """A configuration from its text; relative paths count from `base`. Raises ConfigInvalid."""
     try:
         tree = tomllib.loads(text)
@@ -68,6 +72,8 @@ def parse(text: str, *, origin: str, base: Path, env: Mapping[str, str]) -> Conf
         found = Mistake("", message[0].lower() + message[1:], _toml_hint(message))
         raise ConfigInvalid(origin, [found]) from None
     mistakes: list[Mistake] = []
+    if location and isinstance(tree.setdefault("repository", {}), dict):
+        tree["repository"]["location"] = location
     _substitute(tree, (), env, base, mistakes)
     mistakes += name_sources(tree)
     if "origin" in tree:

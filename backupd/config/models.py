@@ -25,6 +25,9 @@ from pydantic_core import PydanticCustomError
 from backupd.config.values import NICKNAMES, Mistaken, check_schedule, closest, parse_duration
 from backupd.retention import Policy
 
+ENVIRONMENT = "the environment"
+"""The origin of a configuration without a file."""
+
 
 def mistake(message: str, hint: str = "") -> PydanticCustomError:
     """A mistake as pydantic collects it; the hint travels in its context."""
@@ -311,7 +314,9 @@ class ServeConfig(Frozen):
     """The agent that runs until it is stopped."""
 
     listen: str = Field("127.0.0.1:8722", description="Where /healthz and the console answer.")
-    grace: Duration = Field(timedelta(seconds=60), description="How long SIGTERM lets a run finish.")
+    grace: Duration = Field(
+        timedelta(seconds=5), description="How long SIGTERM lets a run finish; docker stop kills after 10s."
+    )
     jobs: int = Field(2, ge=1, le=64, description="Runs at the same time.")
     prune_schedule: Schedule | None = Field("30 3 * * *", description="When the retention is carried out.")
     verify_schedule: Schedule | None = Field("30 4 * * SUN", description="When the repository is verified.")
@@ -342,6 +347,11 @@ class Config(Frozen):
     state: Path | None = Field(None, description="Where the agent keeps its history; a cache.")
     origin: str = Field("", exclude=True)
     """Where it was read from, for people."""
+
+    @property
+    def without_file(self) -> bool:
+        """Made from the environment: nobody has written a configuration."""
+        return self.origin == ENVIRONMENT
 
     @property
     def timezone(self) -> ZoneInfo:

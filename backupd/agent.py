@@ -1,0 +1,512 @@
+"""Builds everything from a Config: the only place that constructs. Each part is made when first needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backupd import log
+from backupd.config import SOURCES, Config, closest
+from backupd.errors import BackupdError, Damaged, RepositoryMissing, UsageError
+from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
+from backupd.plan import LATEST, RestorePlan, Step, plan_point, plan_restore
+
+if TYPE_CHECKING:
+    from backupd.catalog import Catalog
+    from backupd.prune import PruneReport
+    from backupd.repository import Repository
+    from backupd.restore import RestoreReport
+    from backupd.sandbox.docker import Engine
+    from backupd.scheduler import Job
+    from backupd.stores import S3Options
+    from backupd.verify import VerifyReport
+
+
+def utc_now() -> datetime:
+    """The clock of a real agent."""
+    return datetime.now(UTC)
+
+
+def build(config: Config, *, clock: Clock = utc_now, env: dict[str, str] | None = None) -> Agent:
+    """An agent for a configuration. From here on no log line shows one of its secrets."""
+    for secret in secrets_of(config):
+        log.hide(secret)
+    return Agent(config, clock, env or {})
+
+
+def secrets_of(config: Config) -> list[str]:
+    """Every secret value in a configuration."""
+    found = [
+        config.repository.secret_access_key,
+        *(getattr(s, "password", None) for s in config.sources.values()),
+    ]
+    return [secret.get_secret_value() for secret in found if secret is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What `check` found at one place."""
+
+    where: str
+    problems: tuple[Problem, ...] = ()
+    detail: str = ""
+
+    @property
+    def fatal(self) -> bool:
+        return any(p.fatal for p in self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one source: a run, or why there is none."""
+
+    source: str
+    run: Run | None = None
+    error: BackupdError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0, 3 with warnings, else the error's."""
+        if self.run is None:
+            return self.error.exit_code if self.error else 1
+        return 0 if self.run.status is RunStatus.OK else 3
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """How well one source is protected."""
+
+    source: str
+    driver: str
+    point: RecoveryPoint | None
+    """The newest."""
+    age: timedelta | None
+    last: Run | None
+    failing: bool
+    overdue: datetime | None
+    """The due time that should have led to a good run by now."""
+    next: datetime | None
+
+    @property
+    def good(self) -> bool:
+        return self.point is not None and not self.failing and self.overdue is None
+
+
+class Agent:
+    """The parts of one configuration. Safe to use from several threads."""
+
+    def __init__(self, config: Config, clock: Clock, env: dict[str, str]) -> None:
+        self.config = config
+        self.clock = clock
+        self.stop = threading.Event()
+        self.patience = 0.0
+        """Seconds to wait for a store that does not answer when it is opened: a person wants to know at once,
+        an agent waits. Work under way is always patient."""
+        self._env = env
+        self._lock = threading.RLock()
+        self._repository: Repository | None = None
+        self._drivers: dict[str, Driver] = {}
+
+    # --- parts ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The container engine; connected to when first used."""
+        from backupd.sandbox.docker import Engine
+
+        return Engine()
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """What happened here. Raises UsageError where it cannot be written."""
+        from backupd.catalog import Catalog, default_path
+
+        state = self.config.state
+        return Catalog(state / "catalog.sqlite" if state else default_path(self._env))
+
+    def repository(self) -> Repository:
+        """The repository, opened. Raises RepositoryMissing, StoreError.
+
+        Without a configuration file it is made where there is none: who mounts two directories and sets two
+        variables has no `init` to run.
+        """
+        from backupd.repository import Repository
+        from backupd.stores import open_store
+
+        with self._lock:
+            if self._repository is None:
+                where, options = self.config.repository.location, self._s3_options()
+                try:
+                    Repository.open(open_store(where, options, patience=self.patience))
+                    self._repository = Repository.open(open_store(where, options))
+                except RepositoryMissing:
+                    if not self.config.without_file:
+                        raise
+                    self._repository = self.create_repository()
+            return self._repository
+
+    def create_repository(self) -> Repository:
+        """A new repository at the configured location. Raises UsageError where there is one."""
+        from backupd.repository import Repository
+        from backupd.stores import open_store
+
+        where, options = self.config.repository.location, self._s3_options()
+        return Repository.create(
+            open_store(where, options, create=True, patience=self.patience), clock=self.clock
+        )
+
+    def _s3_options(self) -> S3Options | None:
+        from backupd.stores import S3Options
+
+        r = self.config.repository
+        if not r.is_s3:
+            return None
+        return S3Options(
+            endpoint_url=r.endpoint_url or "",
+            region=r.region or "",
+            access_key_id=r.access_key_id or "",
+            secret_access_key=r.secret_access_key.get_secret_value() if r.secret_access_key else "",
+            path_style=r.path_style,
+            ca_bundle=str(r.ca_bundle or ""),
+            request_checksum=r.request_checksum or "when_supported",
+        )
+
+    def driver(self, source: str) -> Driver:
+        """The driver of a configured source. Raises UsageError for one that is not."""
+        from backupd.drivers import make_driver
+
+        self.select([source])
+        with self._lock:
+            if source not in self._drivers:
+                self._drivers[source] = make_driver(self.config.sources[source], self.engine)
+            return self._drivers[source]
+
+    def driver_for(self, point: RecoveryPoint) -> Driver:
+        """The driver that restores a point, also of a source that is configured no more, or on a machine that
+        knows nothing but the repository."""
+        from backupd.drivers import make_driver
+
+        configured = self.config.sources.get(point.source)
+        if configured is not None and getattr(configured, "driver", "") == point.driver:
+            return self.driver(point.source)
+        model = SOURCES.get(point.driver)
+        if model is None:
+            raise UsageError(
+                f"{point.source} was captured by the driver {point.driver!r}, which is not installed",
+                hint="install it, or restore the files alone: --to dir:PATH",
+            )
+        # The place it was captured from is not known here, and a restore into a fresh home does not need it.
+        return make_driver(model.model_construct(name=point.source), self.engine)
+
+    # --- names -----------------------------------------------------------------------------------------
+
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Sources and stacks by name as sources, each once; nothing named means all. Raises UsageError."""
+        config = self.config
+        if not config.sources:
+            raise UsageError(
+                f"{config.origin} has no source",
+                hint="add a [sources.<name>] table; `backupd init` finds some",
+            )
+        return expand(names or list(config.sources), config, config.sources)
+
+    # --- check -------------------------------------------------------------------------------------------
+
+    def check(self) -> list[Finding]:
+        """Every part in turn, each problem with its fix; a failure of one does not hide another's."""
+        sources = [_finding(name, partial(self._check_source, name)) for name in self.config.sources]
+        return [self._check_repository(), self._check_catalog(), *sources]
+
+    def _check_source(self, name: str) -> Sequence[Problem]:
+        return self.driver(name).check()
+
+    def _check_repository(self) -> Finding:
+        """Open it, and write, read and delete a lease: what a backup and a prune need."""
+
+        def probe() -> list[Problem]:
+            with self.repository().lease("backupd-check") as lease:
+                lease.check()
+            return []
+
+        return _finding(f"repository {self.config.repository.location}", probe)
+
+    def _check_catalog(self) -> Finding:
+        def probe() -> list[Problem]:
+            self.catalog.running()
+            return []
+
+        return _finding("history", probe)
+
+    # --- restore -------------------------------------------------------------------------------------
+
+    def plan(
+        self, names: Sequence[str], at: datetime, *, max_skew: timedelta | None = None, point: str = ""
+    ) -> RestorePlan:
+        """What restores sources and stacks, configured or only in the repository, to an instant; or the one
+        point asked for. Nothing named means everything that has a point. Raises NoRecoveryPoint, UsageError."""
+        repository = self.repository()
+        if point:
+            found = repository.find(point)
+            if names and found.source not in expand(names, self.config, [*self.config.sources, found.source]):
+                raise UsageError(
+                    f"the point {found.id} is one of {found.source}", hint="leave the name out, or correct it"
+                )
+            return plan_point(found)
+        points = repository.points()
+        known = list(dict.fromkeys([*self.config.sources, *(p.source for p in points)]))
+        return plan_restore(points, at, expand(names or known, self.config, known), max_skew=max_skew)
+
+    def restore(
+        self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False
+    ) -> RestoreReport:
+        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. Raises UsageError,
+        RestoreFailed, Damaged."""
+        from backupd import restore
+        from backupd.sandbox.docker import DockerSandbox
+
+        work = restore.Work(self.repository(), self.clock, watch, self.stop)
+        kind, _, rest = to.partition(":")
+        if kind == "sandbox" and not rest:
+            sandbox = DockerSandbox(self.engine, name)
+            return restore.restore_to_sandbox(plan, self.driver_for, sandbox, work, keep=keep)
+        if kind == "dir" and rest:
+            return restore.restore_to_directory(plan, Path(rest), work)
+        if kind == "container" and rest:
+            waiter = DockerSandbox(self.engine, "none")  # makes nothing: it knows how to wait
+            return restore.restore_to_container(
+                plan, self.driver_for, self.engine.container(rest), work, ready=waiter.wait_ready
+            )
+        raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
+
+    # --- jobs ----------------------------------------------------------------------------------------
+
+    def back_up(
+        self, source: str, progress: Progress, *, due: datetime | None = None, allow_shrink: bool = False,
+        stop: threading.Event | None = None,
+    ) -> Run:  # fmt: skip
+        """One source, now; raises as `backup.back_up`. Not recorded: that is the caller's."""
+        from backupd.backup import back_up
+
+        return back_up(
+            source, self.driver(source), self.repository(), clock=self.clock, progress=progress,
+            stop=stop or self.stop, due=due, allow_shrink=allow_shrink,
+        )  # fmt: skip
+
+    def back_up_all(
+        self, sources: Sequence[str], watch: Callable[[str], Progress], *, allow_shrink: bool = False
+    ) -> list[Outcome]:
+        """Several sources, some at once, each recorded; one that fails keeps none of the others from being
+        done. Raises what concerns them all: no repository, an interrupt."""
+        self.repository()
+        record = self._recorder()
+
+        def one(source: str) -> Outcome:
+            try:
+                work = partial(self.back_up, source, watch(source), allow_shrink=allow_shrink)
+                return Outcome(source, record("backup", source, work))
+            except BackupdError as error:
+                return Outcome(source, error=error)
+
+        pool = ThreadPoolExecutor(min(self.config.serve.jobs, len(sources)), thread_name_prefix="backup")
+        try:
+            outcomes = list(pool.map(log.carry(one), sources))
+            pool.shutdown()
+        except BaseException:
+            self.stop.set()  # each stops at its next block, and leaves no point
+            pool.shutdown(cancel_futures=True)
+            raise
+        return outcomes
+
+    def _recorder(self) -> Callable[[str, str, Callable[[], Run]], Run]:
+        """Keeps the history; where that cannot be written, the work is done all the same and this is told."""
+        from backupd.catalog import carry_out
+
+        try:
+            catalog = self.catalog
+        except BackupdError as error:
+            logging.getLogger(__name__).warning("the history is not kept: %s", error)
+            return lambda _job, _source, work: work()
+        return lambda job, source, work: carry_out(catalog, job, source, work, clock=self.clock)
+
+    def status(self) -> list[Protection]:
+        """How well each configured source is protected, as of now."""
+        from backupd.catalog import GOOD
+        from backupd.scheduler import Schedule, overdue
+
+        now = self.clock()
+        newest = {p.source: p for p in self.repository().points()}  # sorted by instant: the last one stays
+        found = []
+        for name, source in self.config.sources.items():
+            last = self.catalog.last("backup", name)
+            last_ok = self.catalog.last_ok("backup", name)
+            point = newest.get(name)
+            schedule = Schedule.parse(source.schedule, source.timezone or "UTC") if source.schedule else None
+            good = max((t for t in (last_ok and last_ok.started, point and point.started) if t), default=None)
+            found.append(
+                Protection(
+                    source=name,
+                    driver=getattr(source, "driver", ""),
+                    point=point,
+                    age=now - point.instant if point else None,
+                    last=last,
+                    failing=last is not None and last.status not in (*GOOD, RunStatus.RUNNING),
+                    overdue=overdue(schedule, good, now) if schedule else None,
+                    next=schedule.next_fire(now) if schedule else None,
+                )
+            )
+        return found
+
+    def open(self, point: str) -> Archive:
+        """The archive of a point by id or its beginning, or of the newest point of a source."""
+        from backupd.archive import open_archive
+
+        repository = self.repository()
+        if point in self.config.sources or point in repository.sources():
+            newest = plan_restore(repository.points(point), LATEST, [point])
+            return open_archive(repository, newest.steps[0].point)
+        return open_archive(repository, repository.find(point))
+
+    def prune_now(self, *, dry_run: bool, progress: Progress) -> PruneReport:
+        """Carry out the retention of every configured source, recorded unless it is a dry run."""
+        from backupd.prune import prune
+
+        reports: list[PruneReport] = []
+
+        def work() -> Run:
+            started = self.clock()
+            reports.append(
+                prune(
+                    self.repository(), self.config.policies, clock=self.clock, dry_run=dry_run,
+                    progress=progress,
+                )
+            )  # fmt: skip
+            return Run("", "prune", "", RunStatus.OK, started, self.clock())
+
+        if dry_run:
+            work()
+        else:
+            self.repository()
+            self._recorder()("prune", "", work)
+        return reports[0]
+
+    def verify_now(
+        self, sources: Sequence[str] | None, data_percent: float, progress: Progress
+    ) -> VerifyReport:
+        """Verify sources, or everything; what is damaged stands in the report."""
+        from backupd.verify import verify
+
+        return verify(self.repository(), sources=sources, data_percent=data_percent, progress=progress)
+
+    def _prune_job(self) -> Run:
+        from backupd.model import Silence
+        from backupd.prune import prune
+
+        started = self.clock()
+        prune(self.repository(), self.config.policies, clock=self.clock, progress=Silence())
+        return Run("", "prune", "", RunStatus.OK, started, self.clock())
+
+    def _verify_job(self) -> Run:
+        from backupd.model import Silence
+
+        started = self.clock()
+        report = self.verify_now(None, self.config.serve.verify_data_percent, Silence())
+        if report.problems:
+            raise Damaged(
+                f"the repository is damaged: {'; '.join(report.problems[:5])}",
+                hint="`backupd verify` names everything; copy what is damaged from another copy",
+            )
+        return Run("", "verify", "", RunStatus.OK, started, self.clock(), size=report.bytes_read)
+
+    def jobs(self) -> list[Job]:
+        """What `serve` does: each source that has a schedule; then prune and verify, one at a time."""
+        from backupd.model import Silence
+        from backupd.scheduler import Job, Schedule
+
+        def backup(source: str) -> Job:
+            settings = self.config.sources[source]
+            schedule = Schedule.parse(settings.schedule or "", settings.timezone or "UTC", seed=source)
+            return Job(
+                "backup",
+                source,
+                lambda stop, due: self.back_up(source, Silence(), due=due, stop=stop),
+                schedule,
+            )
+
+        jobs = [backup(name) for name, source in self.config.sources.items() if source.schedule]
+        serve, zone = self.config.serve, self.config.defaults.timezone
+        if serve.prune_schedule and any(self.config.policies.values()):
+            when = Schedule.parse(serve.prune_schedule, zone)
+            jobs.append(Job("prune", "", lambda _stop, _due: self._prune_job(), when, lane="repository"))
+        if serve.verify_schedule:
+            when = Schedule.parse(serve.verify_schedule, zone)
+            jobs.append(Job("verify", "", lambda _stop, _due: self._verify_job(), when, lane="repository"))
+        return jobs
+
+    def serve(self) -> int:
+        """Run the jobs until a signal says stop; the exit code."""
+        from backupd.scheduler import Scheduler, run_until_stopped
+        from backupd.web import Answer, StatusServer
+
+        jobs = self.jobs()
+        if not any(job.name == "backup" for job in jobs):
+            raise UsageError(
+                f"{self.config.origin} schedules no backup",
+                hint='set schedule = "0 2 * * *" in [defaults], or the variable BACKUP_SCHEDULE',
+            )
+        self.patience = 300.0
+        self.catalog.learn(self._known_points())
+        serve = self.config.serve
+        scheduler = Scheduler(jobs, self.catalog, clock=self.clock, parallel=serve.jobs)
+        pages: dict[str, Callable[[], Answer]] = {
+            "healthz": lambda: ((h := scheduler.health()).healthy, h.json()),
+            "livez": lambda: ((h := scheduler.health()).alive, h.json()),
+            "status": lambda: (True, scheduler.status()),
+        }
+        web = StatusServer(serve.address, pages)
+        return run_until_stopped(scheduler, grace=serve.grace.total_seconds(), beside=[web])
+
+    def _known_points(self) -> list[RecoveryPoint]:
+        """What the repository tells of earlier runs; a repository out of reach is no reason not to start, the
+        jobs themselves will tell."""
+        try:
+            return self.repository().points()
+        except BackupdError as error:
+            logging.getLogger(__name__).warning("the repository cannot be read yet: %s", error)
+            return []
+
+
+def _finding(where: str, probe: Callable[[], Sequence[Problem]]) -> Finding:
+    try:
+        return Finding(where, tuple(probe()))
+    except BackupdError as error:
+        return Finding(where, (Problem(error.message, error.hint),))
+
+
+def expand(names: Iterable[str], config: Config, known: Iterable[str]) -> list[str]:
+    """Stacks as their sources; each name once, in order. Raises UsageError for what is neither, with the
+    nearest name that is."""
+    known = list(known)
+    found: list[str] = []
+    unknown: list[str] = []
+    for name in names:
+        if name in config.stacks:
+            found += config.stacks[name].sources
+        elif name in known:
+            found.append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        there = [*known, *config.stacks]
+        hints = dict.fromkeys(closest(name, there) for name in unknown)
+        raise UsageError(
+            f"there is no source or stack {', '.join(map(repr, unknown))}",
+            hint=" ".join(filter(None, hints)) or f"there are {', '.join(there)}",
+        )
+    return list(dict.fromkeys(found))

@@ -1,0 +1,107 @@
+"""`backupd init`, `backupd check`, `backupd config`: from nothing to a configuration that works."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from backupd.cli.options import Session, command
+from backupd.cli.output import note, plain, print_json, printable
+from backupd.errors import BackupdError, ContainerError, RepositoryMissing, UsageError
+
+
+@command("init", short_help="Write a starter backupd.toml and make the repository.")
+@click.argument("location", required=False, default="")
+def init_command(session: Session, location: str) -> int:
+    """Write a starter backupd.toml from the containers that run here, and make its repository.
+
+    LOCATION is a directory or s3://bucket/prefix (else ./backups). A file that is there already is used as it
+    is, and so is a repository: nothing is ever overwritten.
+    """
+    path = session.config_path or Path(os.environ.get("BACKUPD_CONFIG") or "backupd.toml")
+    location = location or session.location or "./backups"
+    wrote = not path.exists()
+    if wrote:
+        _write(path, _starter(session, location))
+        note(session, f"wrote {path}: read it, correct it, then `backupd check`")
+    else:
+        note(session, f"{path} is there already and was not touched")
+    session.config_path = path
+    agent = session.agent
+    made = True
+    try:
+        agent.repository()
+        made = False
+    except RepositoryMissing:
+        agent.create_repository()
+    where = agent.config.repository.location
+    note(session, f"{'made the repository' if made else 'there is a repository already'} at {where}")
+    if session.json:
+        print_json({"config": path, "wrote": wrote, "repository": where, "made": made,
+                    "sources": list(agent.config.sources)})  # fmt: skip
+    return 0
+
+
+def _starter(session: Session, location: str) -> str:
+    from backupd.discovery import discover, starter
+    from backupd.sandbox.docker import Engine
+
+    try:
+        found = discover(Engine().containers(running_only=True))
+    except ContainerError as error:
+        note(session, f"no containers were looked at: {error.message}")
+        found = []
+    for f in found:
+        note(session, f"found {f.name}: {f.driver} ({f.why})")
+    return starter(found, location)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}", hint="name another with --config"
+        ) from None
+
+
+@command("check", short_help="Configuration, connections, permissions: every problem, each with its fix.")
+def check_command(session: Session) -> int:
+    """Look at everything a backup needs: configuration, repository, history, each source. Every problem is told
+    at once, each with its fix. Exit code 1 when one of them would make a backup fail."""
+    findings = session.agent.check()
+    if session.json:
+        print_json(findings)
+    for finding in () if session.json else findings:
+        verdict = "FAILED" if finding.fatal else "warning" if finding.problems else "ok"
+        print(printable(f"{verdict:8} {finding.where}"))
+        for problem in finding.problems:
+            print(printable(f"         {problem.message}"))
+            if problem.hint:
+                print(printable(f"         hint: {problem.hint}"))
+    failed = [f for f in findings if f.fatal]
+    if failed:
+        raise BackupdError(
+            f"{len(failed)} of {len(findings)} checks failed: {', '.join(f.where for f in failed)}",
+            hint="each is explained above, with its fix",
+        )
+    return 0
+
+
+@command("config", short_help="Show the configuration as it is understood, or its JSON Schema.")
+@click.argument("what", type=click.Choice(["show", "schema"]), default="show")
+def config_command(session: Session, what: str) -> int:
+    """Show the configuration as it is understood, defaults filled in and secrets hidden; or its JSON Schema."""
+    if what == "schema":
+        from backupd.config import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    config = session.agent.config
+    note(session, f"from {config.origin}")
+    print_json(plain(config.model_dump(mode="json")))
+    return 0

@@ -1,0 +1,47 @@
+"""`backupd status`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from backupd.agent import Protection
+from backupd.cli.failure import WARNED
+from backupd.cli.options import Session, command
+from backupd.cli.output import age, plain, print_json, print_table
+
+
+@command("status", short_help="What is protected, how old it is, what is overdue.")
+def status_command(session: Session) -> int:
+    """What is protected, how old the newest recovery point is, what is overdue, how the last run ended.
+
+    Exit code 3 when a source is overdue, failing, or has no recovery point.
+    """
+    found = session.agent.status()
+    now = session.agent.clock()
+    if session.json:
+        print_json([{**plain(p), "good": p.good} for p in found])
+    elif not found:
+        print(f"{session.config.origin} names no source")
+    else:
+        rows = [_row(p, now) for p in found]
+        print_table(("SOURCE", "DRIVER", "NEWEST POINT", "STATE", "LAST RUN", "NEXT"), rows)
+    return 0 if all(p.good for p in found) else WARNED
+
+
+def _row(p: Protection, now: datetime) -> tuple[str, ...]:
+    state = "ok"
+    if p.point is None:
+        state = "UNPROTECTED"
+    elif p.failing and p.last:
+        state = f"FAILING: {p.last.message.splitlines()[0] if p.last.message else p.last.status}"
+    elif p.overdue:
+        state = f"OVERDUE since {age(p.overdue, now)}"
+    last = f"{p.last.status}, {age(p.last.started, now)}" if p.last else "never here"
+    return (
+        p.source,
+        p.driver,
+        age(p.point.instant, now) if p.point else "none",
+        state,
+        last,
+        age(p.next, now) if p.next else "by hand",
+    )
