@@ -155,6 +155,7 @@ class TarStream:
     """A tree that can only be had as a tar (GNU, pax) from elsewhere: a volume behind a helper container."""
 
     file: BinaryIO
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     paged: tuple[str, ...] = ()
 

@@ -35,7 +35,7 @@ class TarStreamReader:
     def __init__(self, writer: ArchiveWriter, content: TarStream) -> None:
         self._writer = writer
         self._reader = tar.TarReader(content.file)
-        self._wanted = compile_patterns((), content.exclude) if content.exclude else None
+        self._wanted = compile_patterns(content.include, content.exclude)
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
         self._dirs: list[tuple[str, Row | None, list[Row]]] = []
         self._members = 0
