@@ -1,26 +1,26 @@
-"""Run a program of this machine and stream it: no shell, no secret in argv, no end that is taken for a success.
+"""Run a program of this machine and stream it: no shell, no secret in argv, no bad end taken for a good one.
 
-A stream that stops early looks like one that is complete. So the exit status is awaited after the last byte and
-raised there: whoever reads to the end knows that the program ended well.
+A stream that stops early looks like one that is complete. So the exit status is awaited after the last byte,
+and raised there: whoever reads to the end knows that the program ended well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 from backupd.errors import CommandFailed
 
 READ = 1 << 20
 KEPT = 8192  # of stderr: the end of it
-F_SETPIPE_SZ = 1031  # Linux; fcntl names it only from Python 3.10 on Linux builds
 GRACE = 2.0  # seconds between asking a program to end and making it
 
 
@@ -33,23 +33,21 @@ def run(
 ) -> Iterator[bytes]:
     """Start `argv` and yield its stdout. Nothing is started before the first chunk is asked for.
 
-    `env` is added to this process's environment: that is where secrets go. `stdin` is read by another thread;
-    when it raises, the program is ended and the same exception is raised here. Closing the iterator early ends
-    the program and everything it started.
+    `env` is added to this process's environment: that is where secrets go. `stdin` is read by another
+    thread; when it raises, the program is ended and the same exception is raised here. Closing the iterator
+    early ends the program and everything it started.
 
     Raises CommandFailed at the end when the program ended badly, or at once (with `hint`) when there is none.
     """
     process = _start(argv, env, feed=stdin is not None, hint=hint)
-    output, errors = process.stdout, process.stderr
-    assert output is not None
-    assert errors is not None
-    said = _Tail(errors)
+    output = cast("io.FileIO", process.stdout)  # bufsize=0
+    said = _Tail(cast("io.FileIO", process.stderr))
     feeder = _Feeder(process, stdin) if stdin is not None else None
     ended = False
     try:
         buffer = bytearray(READ)
         view = memoryview(buffer)
-        while size := output.readinto(buffer):  # type: ignore[attr-defined]  # bufsize=0 gives a FileIO
+        while size := output.readinto(buffer):
             yield bytes(view[:size])
         status = process.wait()
         ended = True
@@ -102,10 +100,11 @@ def _start(
             f"there is no program {argv[0]}", hint=hint or "install it, or put it on PATH", returncode=127
         ) from None
     except OSError as error:
-        raise CommandFailed(f"{argv[0]} cannot be started: {error.strerror}", hint=hint, returncode=126) from None
-    assert process.stdout is not None
-    with contextlib.suppress(OSError):  # 64 KiB by default: 16 times as many switches between the two
-        fcntl.fcntl(process.stdout.fileno(), F_SETPIPE_SZ, READ)
+        raise CommandFailed(
+            f"{argv[0]} cannot be started: {error.strerror}", hint=hint, returncode=126
+        ) from None
+    with contextlib.suppress(OSError, AttributeError):  # 64 KiB by default: 16 times as many switches
+        fcntl.fcntl(cast("io.FileIO", process.stdout).fileno(), fcntl.F_SETPIPE_SZ, READ)
     return process
 
 
@@ -126,7 +125,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class _Tail:
     """Drains stderr, so that the program never waits for a reader, and keeps its end."""
 
-    def __init__(self, pipe: IO[bytes]) -> None:
+    def __init__(self, pipe: io.FileIO) -> None:
         self._pipe = pipe
         self._kept = b""
         self._thread = threading.Thread(target=self._drain, name="stderr", daemon=True)
@@ -158,8 +157,7 @@ class _Feeder:
         self._thread.start()
 
     def _feed(self) -> None:
-        pipe = self._process.stdin
-        assert pipe is not None
+        pipe = cast("io.FileIO", self._process.stdin)
         try:
             for chunk in self._chunks:
                 if not _write(pipe, chunk):
@@ -180,7 +178,7 @@ class _Feeder:
         self._thread.join(timeout=GRACE)  # it may be waiting for its own source; it is a daemon
 
 
-def _write(pipe: IO[bytes], chunk: bytes) -> bool:
+def _write(pipe: io.FileIO, chunk: bytes) -> bool:
     """True when all of it was taken; a raw pipe may take less at a time."""
     view = memoryview(chunk)
     try:

@@ -32,11 +32,11 @@ class Demultiplexer:
 
     @property
     def between_frames(self) -> bool:
-        """False while a frame is incomplete: an end here is a broken connection, not the end of the program."""
+        """False while a frame is incomplete: an end here is a broken connection, not a program's end."""
         return not self._left and not self._header
 
     def feed(self, data: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """The pieces in `data`, with the stream each belongs to. Raises ContainerError for what is no frame."""
+        """The pieces in `data`, with the stream each belongs to. Raises ContainerError for no frame."""
         while data:
             if self._left:
                 piece = data[: self._left]
@@ -60,9 +60,9 @@ class Hijacked:
 
     def __init__(self, response: Any) -> None:
         # docker-py would hand out the naked socket, and with it lose what its buffered reader has already
-        # taken in behind the HTTP header: the first bytes of a program that is quick and a reader that is slow.
+        # taken in behind the HTTP header: the first bytes, where the program is quick and the reader slow.
         self._response = response
-        self._reader = getattr(response.raw._fp, "fp", None)
+        self._reader: Any = getattr(response.raw._fp, "fp", None)
         naked = getattr(getattr(self._reader, "raw", None), "_sock", None)
         if naked is None or not hasattr(self._reader, "readinto1"):
             response.close()
@@ -110,8 +110,10 @@ class Hijacked:
                 close()
 
     def output(self, *, deadline: float | None = None) -> Iterator[bytes]:
-        """The program's stdout, as it comes. Raises ContainerError when the connection breaks, TimeoutError at
-        `deadline` (of `time.monotonic`)."""
+        """The program's stdout, as it comes.
+
+        Raises ContainerError when the connection breaks, TimeoutError at `deadline` (of `time.monotonic`).
+        """
         frames = Demultiplexer()
         buffer = memoryview(bytearray(RECEIVE))
         while size := self._receive(buffer, deadline):
@@ -137,13 +139,20 @@ class Hijacked:
         except TimeoutError:
             raise
         except ConnectionResetError:
-            # A program that ended without reading all of its stdin. Over a Unix socket everything it wrote was
-            # read before; over TCP a reset may have swallowed some of it.
+            # A program that ended without reading all of its stdin. Over a Unix socket everything it wrote
+            # was read before; over TCP a reset may have swallowed some of it.
             if self._socket.family == socket.AF_UNIX:
                 return 0
             raise ContainerError("the connection to the container engine was reset") from None
         except OSError as error:
             raise ContainerError(f"the connection to the container engine broke: {error}") from None
+
+    def drain(self, seconds: float) -> None:
+        """Throw away what still comes, until the program ends its output or `seconds` are over."""
+        deadline, buffer = time.monotonic() + seconds, memoryview(bytearray(RECEIVE))
+        with contextlib.suppress(ContainerError, TimeoutError):
+            while self._receive(buffer, deadline):
+                pass
 
     def close(self) -> None:
         """Give the connection up; never raises."""
