@@ -60,7 +60,7 @@ def _line(m: Member) -> str:
     mode = stat.filemode(m.mode | _LETTERS[m.type])
     when = datetime.fromtimestamp(m.mtime_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M")
     arrow = {MemberType.SYMLINK: " -> ", MemberType.HARDLINK: " = "}.get(m.type, "")
-    return f"{mode} {m.uid:>5}:{m.gid:<5} {size(m.size):>8} {when} {m.name}{arrow}{m.link}"
+    return f"{mode} {m.uid:>5}:{m.gid:<5} {size(m.size):>8} {when} {m.name or '.'}{arrow}{m.link}"
 
 
 @command("cat", short_help="One file of a recovery point, to standard output.")

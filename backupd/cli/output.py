@@ -146,11 +146,13 @@ def _bars() -> Bars:
 
 class _Bar:
     def __init__(self, bars: Bars, name: str, total: int) -> None:
-        self._bars = bars
+        self._bars, self._name = bars, name
         self._task = bars.add_task("", total=total or None, name=name)
 
     def stage(self, text: str) -> None:
-        self._bars.update(self._task, description=mask(text).replace("[", "\\["))
+        self._bars.update(
+            self._task, description=mask(text.removeprefix(f"{self._name}: ")).replace("[", "\\[")
+        )
 
     def advance(self, size: int = 0, members: int = 0) -> None:  # noqa: ARG002  bytes are what is drawn
         self._bars.advance(self._task, size)
@@ -178,7 +180,11 @@ class _Lines:
     def _print(self, text: str) -> None:
         with self._lock:
             self._next = time.monotonic() + _EVERY
-            print(printable(f"{self._name}: {text}"), file=sys.stderr, flush=True)
+            print(
+                printable(f"{self._name}: {text.removeprefix(self._name + ': ')}"),
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 _size = size  # `advance` has a parameter of that name

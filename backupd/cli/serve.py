@@ -13,6 +13,7 @@ from backupd.cli.options import Session, command
 def serve_command(session: Session, style: str) -> int:
     """Run what is scheduled until SIGTERM. Missed runs are caught up at the start; /healthz says how it stands."""
     from backupd import log
+    from backupd.agent.serving import serve
 
     log.configure("json" if session.json else style)
-    return session.agent.serve()
+    return serve(session.agent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from backupd.agent import Protection
+from backupd.agent.status import Protection
 from backupd.cli.failure import WARNED
 from backupd.cli.options import Session, command
 from backupd.cli.output import age, plain, print_json, print_table

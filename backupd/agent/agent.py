@@ -1,10 +1,10 @@
-"""Builds everything from a Config: the only place that constructs. Each part is made when first needed."""
+"""The parts that a configuration asks for, each made when it is first needed, and the verbs they carry out."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backupd import log
-from backupd.config import SOURCES, Config, closest
-from backupd.errors import BackupdError, Damaged, RepositoryMissing, UsageError
+from backupd.agent.names import expand
+from backupd.config import SOURCES, Config
+from backupd.errors import BackupdError, RepositoryMissing, UsageError
 from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
 from backupd.plan import LATEST, RestorePlan, Step, plan_point, plan_restore
 
 if TYPE_CHECKING:
+    from backupd.agent.status import Protection
     from backupd.catalog import Catalog
     from backupd.prune import PruneReport
     from backupd.repository import Repository
     from backupd.restore import RestoreReport
     from backupd.sandbox.docker import Engine
-    from backupd.scheduler import Job
     from backupd.stores import S3Options
     from backupd.verify import VerifyReport
 
@@ -77,26 +78,6 @@ class Outcome:
         if self.run is None:
             return self.error.exit_code if self.error else 1
         return 0 if self.run.status is RunStatus.OK else 3
-
-
-@dataclass(frozen=True, slots=True)
-class Protection:
-    """How well one source is protected."""
-
-    source: str
-    driver: str
-    point: RecoveryPoint | None
-    """The newest."""
-    age: timedelta | None
-    last: Run | None
-    failing: bool
-    overdue: datetime | None
-    """The due time that should have led to a good run by now."""
-    next: datetime | None
-
-    @property
-    def good(self) -> bool:
-        return self.point is not None and not self.failing and self.overdue is None
 
 
 class Agent:
@@ -337,31 +318,9 @@ class Agent:
 
     def status(self) -> list[Protection]:
         """How well each configured source is protected, as of now."""
-        from backupd.catalog import GOOD
-        from backupd.scheduler import Schedule, overdue
+        from backupd.agent.status import protections
 
-        now = self.clock()
-        newest = {p.source: p for p in self.repository().points()}  # sorted by instant: the last one stays
-        found = []
-        for name, source in self.config.sources.items():
-            last = self.catalog.last("backup", name)
-            last_ok = self.catalog.last_ok("backup", name)
-            point = newest.get(name)
-            schedule = Schedule.parse(source.schedule, source.timezone or "UTC") if source.schedule else None
-            good = max((t for t in (last_ok and last_ok.started, point and point.started) if t), default=None)
-            found.append(
-                Protection(
-                    source=name,
-                    driver=getattr(source, "driver", ""),
-                    point=point,
-                    age=now - point.instant if point else None,
-                    last=last,
-                    failing=last is not None and last.status not in (*GOOD, RunStatus.RUNNING),
-                    overdue=overdue(schedule, good, now) if schedule else None,
-                    next=schedule.next_fire(now) if schedule else None,
-                )
-            )
-        return found
+        return protections(self.config, self.repository().points(), self.catalog, self.clock())
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""
@@ -404,109 +363,9 @@ class Agent:
 
         return verify(self.repository(), sources=sources, data_percent=data_percent, progress=progress)
 
-    def _prune_job(self) -> Run:
-        from backupd.model import Silence
-        from backupd.prune import prune
-
-        started = self.clock()
-        prune(self.repository(), self.config.policies, clock=self.clock, progress=Silence())
-        return Run("", "prune", "", RunStatus.OK, started, self.clock())
-
-    def _verify_job(self) -> Run:
-        from backupd.model import Silence
-
-        started = self.clock()
-        report = self.verify_now(None, self.config.serve.verify_data_percent, Silence())
-        if report.problems:
-            raise Damaged(
-                f"the repository is damaged: {'; '.join(report.problems[:5])}",
-                hint="`backupd verify` names everything; copy what is damaged from another copy",
-            )
-        return Run("", "verify", "", RunStatus.OK, started, self.clock(), size=report.bytes_read)
-
-    def jobs(self) -> list[Job]:
-        """What `serve` does: each source that has a schedule; then prune and verify, one at a time."""
-        from backupd.model import Silence
-        from backupd.scheduler import Job, Schedule
-
-        def backup(source: str) -> Job:
-            settings = self.config.sources[source]
-            schedule = Schedule.parse(settings.schedule or "", settings.timezone or "UTC", seed=source)
-            return Job(
-                "backup",
-                source,
-                lambda stop, due: self.back_up(source, Silence(), due=due, stop=stop),
-                schedule,
-            )
-
-        jobs = [backup(name) for name, source in self.config.sources.items() if source.schedule]
-        serve, zone = self.config.serve, self.config.defaults.timezone
-        if serve.prune_schedule and any(self.config.policies.values()):
-            when = Schedule.parse(serve.prune_schedule, zone)
-            jobs.append(Job("prune", "", lambda _stop, _due: self._prune_job(), when, lane="repository"))
-        if serve.verify_schedule:
-            when = Schedule.parse(serve.verify_schedule, zone)
-            jobs.append(Job("verify", "", lambda _stop, _due: self._verify_job(), when, lane="repository"))
-        return jobs
-
-    def serve(self) -> int:
-        """Run the jobs until a signal says stop; the exit code."""
-        from backupd.scheduler import Scheduler, run_until_stopped
-        from backupd.web import Answer, StatusServer
-
-        jobs = self.jobs()
-        if not any(job.name == "backup" for job in jobs):
-            raise UsageError(
-                f"{self.config.origin} schedules no backup",
-                hint='set schedule = "0 2 * * *" in [defaults], or the variable BACKUP_SCHEDULE',
-            )
-        self.patience = 300.0
-        self.catalog.learn(self._known_points())
-        serve = self.config.serve
-        scheduler = Scheduler(jobs, self.catalog, clock=self.clock, parallel=serve.jobs)
-        pages: dict[str, Callable[[], Answer]] = {
-            "healthz": lambda: ((h := scheduler.health()).healthy, h.json()),
-            "livez": lambda: ((h := scheduler.health()).alive, h.json()),
-            "status": lambda: (True, scheduler.status()),
-        }
-        web = StatusServer(serve.address, pages)
-        return run_until_stopped(scheduler, grace=serve.grace.total_seconds(), beside=[web])
-
-    def _known_points(self) -> list[RecoveryPoint]:
-        """What the repository tells of earlier runs; a repository out of reach is no reason not to start, the
-        jobs themselves will tell."""
-        try:
-            return self.repository().points()
-        except BackupdError as error:
-            logging.getLogger(__name__).warning("the repository cannot be read yet: %s", error)
-            return []
-
 
 def _finding(where: str, probe: Callable[[], Sequence[Problem]]) -> Finding:
     try:
         return Finding(where, tuple(probe()))
     except BackupdError as error:
         return Finding(where, (Problem(error.message, error.hint),))
-
-
-def expand(names: Iterable[str], config: Config, known: Iterable[str]) -> list[str]:
-    """Stacks as their sources; each name once, in order. Raises UsageError for what is neither, with the
-    nearest name that is."""
-    known = list(known)
-    found: list[str] = []
-    unknown: list[str] = []
-    for name in names:
-        if name in config.stacks:
-            found += config.stacks[name].sources
-        elif name in known:
-            found.append(name)
-        else:
-            unknown.append(name)
-    if unknown:
-        there = [*known, *config.stacks]
-        hints = dict.fromkeys(closest(name, there) for name in unknown)
-        raise UsageError(
-            f"there is no source or stack {', '.join(map(repr, unknown))}",
-            hint=" ".join(filter(None, hints)) or f"there are {', '.join(there)}",
-        )
-    return list(dict.fromkeys(found))

@@ -1,0 +1,103 @@
+"""What `serve` does: every scheduled source, prune and verify, until a signal says stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from backupd.config import SourceConfig
+from backupd.errors import BackupdError, Damaged, UsageError
+from backupd.model import RecoveryPoint, Run, RunStatus, Silence
+from backupd.prune import prune
+from backupd.scheduler import Job, Schedule, Scheduler, run_until_stopped
+from backupd.web import Answer, StatusServer
+
+if TYPE_CHECKING:
+    from backupd.agent.agent import Agent
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 300.0
+"""Seconds that a job waits for a store that does not answer; a person at a terminal is told at once."""
+
+
+def serve(agent: Agent) -> int:
+    """Run the jobs until a signal says stop; the exit code. Raises UsageError where nothing is scheduled."""
+    jobs = jobs_of(agent)
+    if not any(job.name == "backup" for job in jobs):
+        raise UsageError(
+            f"{agent.config.origin} schedules no backup",
+            hint='set schedule = "0 2 * * *" in [defaults], or the variable BACKUP_SCHEDULE',
+        )
+    agent.catalog.learn(_known_points(agent))
+    agent.patience = PATIENCE
+    settings = agent.config.serve
+    scheduler = Scheduler(jobs, agent.catalog, clock=agent.clock, parallel=settings.jobs)
+
+    def healthz() -> Answer:
+        health = scheduler.health()
+        return health.healthy, health.json()
+
+    def livez() -> Answer:
+        health = scheduler.health()
+        return health.alive, health.json()
+
+    pages: dict[str, Callable[[], Answer]] = {
+        "healthz": healthz,
+        "livez": livez,
+        "status": lambda: (True, scheduler.status()),
+    }
+    web = StatusServer(settings.address, pages)
+    return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web])
+
+
+def jobs_of(agent: Agent) -> list[Job]:
+    """Each source that has a schedule; then prune and verify of the repository, one at a time."""
+    config = agent.config
+    jobs = [_backup_job(agent, name, source) for name, source in config.sources.items() if source.schedule]
+    settings, zone = config.serve, config.defaults.timezone
+    if settings.prune_schedule and any(config.policies.values()):
+        when = Schedule.parse(settings.prune_schedule, zone)
+        jobs.append(Job("prune", "", lambda _stop, _due: _prune(agent), when, lane="repository"))
+    if settings.verify_schedule:
+        when = Schedule.parse(settings.verify_schedule, zone)
+        jobs.append(Job("verify", "", lambda _stop, _due: _verify(agent), when, lane="repository"))
+    return jobs
+
+
+def _backup_job(agent: Agent, name: str, source: SourceConfig) -> Job:
+    def work(stop: threading.Event, due: datetime | None) -> Run:
+        return agent.back_up(name, Silence(), due=due, stop=stop)
+
+    return Job(
+        "backup", name, work, Schedule.parse(source.schedule or "", source.timezone or "UTC", seed=name)
+    )
+
+
+def _prune(agent: Agent) -> Run:
+    started = agent.clock()
+    prune(agent.repository(), agent.config.policies, clock=agent.clock, progress=Silence())
+    return Run("", "prune", "", RunStatus.OK, started, agent.clock())
+
+
+def _verify(agent: Agent) -> Run:
+    started = agent.clock()
+    report = agent.verify_now(None, agent.config.serve.verify_data_percent, Silence())
+    if report.problems:
+        raise Damaged(
+            f"the repository is damaged: {'; '.join(report.problems[:5])}",
+            hint="`backupd verify` names everything; copy what is damaged from another copy",
+        )
+    return Run("", "verify", "", RunStatus.OK, started, agent.clock(), size=report.bytes_read)
+
+
+def _known_points(agent: Agent) -> list[RecoveryPoint]:
+    """What the repository tells of earlier runs. One out of reach is no reason not to start: the jobs tell."""
+    try:
+        return agent.repository().points()
+    except BackupdError as error:
+        log.warning("the repository cannot be read yet: %s", error)
+        return []
