@@ -7,7 +7,9 @@ For the whole session, to read from or to use under names of your own: `session_
 
 from __future__ import annotations
 
+import fcntl
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import services as bed
 
+ROOT = Path(__file__).parent.parent
 StartService = Callable[..., bed.Service]
 
 
@@ -92,6 +95,20 @@ def s3_server() -> Iterator[bed.S3Server]:
     """One S3 server for the session: take a `new_bucket()` each."""
     with bed.s3_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def agent_image(docker_client: docker.DockerClient) -> str:
+    """The agent's image, built from this checkout; its layers stay, so that the next build is quick."""
+    tag = "backupd:test"
+    with (Path(tempfile.gettempdir()) / "backupd-image.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one build serves the parallel workers
+        try:
+            docker_client.images.build(path=str(ROOT), tag=tag, rm=True, forcerm=True)
+        except docker.errors.BuildError as error:
+            lines = [line.get("stream", "") for line in error.build_log if isinstance(line, dict)]
+            pytest.fail(f"{error}\n{''.join(map(str, lines))[-3000:]}", pytrace=False)
+    return tag
 
 
 # --- what was exercised -------------------------------------------------------------------------------
