@@ -74,9 +74,9 @@ class Record:
 
     @classmethod
     def after(cls, before: Record | None, *, owner: str, ttl: float) -> Record:
-        """The record of the next holder. Tokens start at the clock's seconds, not at 1: they go on growing
+        """The record of the next holder. Tokens start at the clock's milliseconds, not at 1: they go on growing
         even when somebody removed the object."""
-        return cls(owner, max(before.token + 1 if before else 1, int(time.time())), ttl)
+        return cls(owner, max(before.token + 1 if before else 1, int(time.time() * 1000)), ttl)
 
     def written(self) -> bytes:
         fields = {"owner": self.owner, "token": self.token, "ttl": self.ttl, "beat": self.beat}
