@@ -132,7 +132,7 @@ class RepositoryConfig(Frozen):
             raise mistake(f"{scheme}:// is no store", 'write a directory or "s3://bucket/prefix"')
         if scheme == "s3" and "@" in rest.partition("/")[0]:
             raise mistake("location holds credentials", "use access_key_id and secret_access_key_file")
-        if scheme == "s3" and not rest.strip("/"):
+        if scheme == "s3" and not rest.partition("/")[0]:
             raise mistake("location names no bucket", 'write "s3://bucket/prefix"')
         if bool(self.access_key_id) != bool(self.secret_access_key):
             absent = "secret_access_key" if self.access_key_id else "access_key_id"
