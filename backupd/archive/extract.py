@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import TypeAlias
 from backupd.archive.frames import Blob, FrameReader
 from backupd.archive.page import CONTENT, GID, MODE, MTIME, SIZE, UID, Page, Row, extra_of, is_file, pieces_of
 from backupd.archive.read import full_name, xattrs_of
+from backupd.archive.scan import open_below
 from backupd.errors import Damaged, RestoreFailed
 from backupd.model import Progress
 
@@ -56,6 +58,8 @@ class Extraction:
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         self._me = (os.geteuid(), os.getegid())
+        self._handles: dict[str, int] = {}
+        self._lock = threading.Lock()
         self.warnings: list[str] = []
 
     def run(self, pages: Iterable[Page]) -> None:
@@ -78,11 +82,13 @@ class Extraction:
             for path, row in reversed(self._directories):
                 self._finish_directory(path, row)
         except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
+            where = f" ({str(error.filename)[-200:]})" if error.filename else ""
             raise RestoreFailed(
                 f"the restore into {self._into} failed: {error.strerror}{where}",
                 hint="what is there now is incomplete: remove it, mend the cause, and restore again",
             ) from None
+        finally:
+            self._close_handles()
 
     # --- planning a batch ---------------------------------------------------------------------------------
 
@@ -169,6 +175,7 @@ class Extraction:
         for name, row in self._pending:
             self._make_special(name, row)
         self._jobs, self._large, self._pending = {}, [], []
+        self._close_handles()
 
     def _write_frames(self, keys: list[tuple[str, int]], extents: dict[str, list[list[int]]]) -> None:
         for pack, number in keys:
@@ -228,10 +235,10 @@ class Extraction:
         os.fchown(fd, row[UID], row[GID])
         return True
 
-    def _set_xattrs(self, fd: int, name: str, row: Row) -> None:
+    def _set_xattrs(self, target: int | str, name: str, row: Row) -> None:
         for key, value in xattrs_of(row).items():
             try:
-                os.setxattr(fd, key, value)
+                os.setxattr(target, key, value, follow_symlinks=isinstance(target, int))
             except OSError as error:
                 self._warn(f"{name}: its attribute {os.fsdecode(key)} could not be set: {error.strerror}")
 
@@ -258,6 +265,8 @@ class Extraction:
             os.lchown(path, row[UID], row[GID])
             if kind != stat.S_IFLNK:
                 os.chmod(path, stat.S_IMODE(row[MODE]))
+        if "xattrs" in extra:
+            self._set_xattrs(path, name, row)
         os.utime(path, ns=(row[MTIME], row[MTIME]), follow_symlinks=False)
         self._progress.advance(0, 1)
 
@@ -269,7 +278,27 @@ class Extraction:
             os.close(fd)
 
     def _path(self, name: str) -> str:
-        return f"{self._into}/{name}" if name else self._into
+        """A path the kernel takes, for something below the target."""
+        path = f"{self._into}/{name}" if name else self._into
+        # 4096 bytes are the kernel's limit; a character may be four of them.
+        return path if len(path) < 1000 or len(os.fsencode(path)) < 4096 else self._long_path(name)
+
+    def _long_path(self, name: str) -> str:
+        """Through a handle on the directory it is in; handles are kept until the batch is written."""
+        parent, _, last = name.rpartition("/")
+        with self._lock:
+            handle = self._handles.get(parent)
+            if handle is None:
+                root = os.open(self._into, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    handle = self._handles[parent] = open_below(root, parent)
+                finally:
+                    os.close(root)
+        return f"/proc/self/fd/{handle}/{last}"
+
+    def _close_handles(self) -> None:
+        while self._handles:
+            os.close(self._handles.popitem()[1])
 
     def _warn(self, text: str) -> None:
         if len(self.warnings) < _MOST_WARNINGS:

@@ -123,7 +123,7 @@ class TreeReader:
         if own is None:
             return None
         row: Row = ["", *own, None]
-        xattrs = _read_xattrs(directory)
+        xattrs = read_xattrs(directory)
         if xattrs:
             row.append({"xattrs": encode_xattrs(xattrs)})
         if self._plain:
@@ -180,14 +180,20 @@ class TreeReader:
         content: str | None = None
         row: Row = [name, *entry, None]
         device = (0, 0)
+        extra: dict[str, Any] = {}
         if kind == stat.S_IFLNK:
             content = row[CONTENT] = os.readlink(name, dir_fd=directory)
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             number = os.stat(name, dir_fd=directory, follow_symlinks=False).st_rdev
             device = (os.major(number), os.minor(number))
-            row.append({"device": list(device)})
+            extra["device"] = list(device)
+        # What cannot be opened has no descriptor to ask; its path through /proc is short however deep it lies.
+        xattrs = read_xattrs(f"/proc/self/fd/{directory}/{name}")
+        if xattrs:
+            extra["xattrs"] = encode_xattrs(xattrs)
+        if extra:
+            row.append(extra)
         if self._plain:
-            link = os.fsencode(content or "")
             self._put_header(
                 tar.header(
                     os.fsencode(full),
@@ -197,8 +203,9 @@ class TreeReader:
                     gid,
                     0,
                     mtime,
-                    link=link,
+                    link=os.fsencode(content or ""),
                     device=device,
+                    xattrs=xattrs,
                 )
             )
         return row
@@ -244,7 +251,7 @@ class TreeReader:
     ) -> tuple[int, StatTuple, dict[bytes, bytes], int]:
         """Read into the slab without claiming the room yet: (bytes, tuple afterwards, xattrs, where it begins)."""
         names = os.listxattr(fd)
-        xattrs = _read_xattrs(fd) if names else {}
+        xattrs = read_xattrs(fd) if names else {}
         want = entry[1]
         head = len(self._header(full, want, entry, xattrs)) if self._plain else 0
         slab = self._writer.pipeline.room(head + want + 1 + tar.BLOCK)
@@ -285,7 +292,7 @@ class TreeReader:
         return tar.file_header(os.fsencode(full), mode & 0o7777, uid, gid, size, mtime // 10**9)
 
     def _read_large(self, fd: int, full: str, name: str, entry: StatTuple) -> Row:
-        xattrs = _read_xattrs(fd)
+        xattrs = read_xattrs(fd)
         mode, size, mtime, _, _, uid, gid, _ = entry
         os.lseek(fd, 0, os.SEEK_SET)
         sparse = _data_extents(fd, size)
@@ -380,12 +387,13 @@ def _is_sqlite(fd: int) -> bool:
     return os.pread(fd, 16, 0) == b"SQLite format 3\0"
 
 
-def _read_xattrs(fd: int) -> dict[bytes, bytes]:
-    """Also ACLs and capabilities, which are xattrs."""
+def read_xattrs(target: int | str) -> dict[bytes, bytes]:
+    """Also ACLs and capabilities, which are xattrs. Of an open file, or of a path whose last part is not followed."""
+    follow = isinstance(target, int)
     found = {}
-    for name in os.listxattr(fd):
+    for name in os.listxattr(target, follow_symlinks=follow):
         try:
-            found[os.fsencode(name)] = os.getxattr(fd, name)
+            found[os.fsencode(name)] = os.getxattr(target, name, follow_symlinks=follow)
         except OSError:  # gone meanwhile, or not ours to read
             continue
     return found
