@@ -64,6 +64,20 @@ def test_a_daily_job_runs_once_on_each_local_day_around_a_change_of_the_clocks(
             assert (local.hour, local.minute) == (half_hour // 2, half_hour % 2 * 30)
 
 
+def test_within_an_hour_that_comes_twice_the_next_time_is_not_one_that_has_passed() -> None:
+    """Berlin, 25 October: 02:45 came at 00:45 UTC; at 01:10 UTC the clocks show 02:10 again."""
+    schedule = Schedule.parse("45 2 * * *", "Europe/Berlin")
+    assert schedule.after(at("2026-10-25T00:10")) == at("2026-10-25T00:45")
+    assert schedule.after(at("2026-10-25T01:10")) == at("2026-10-26T01:45")
+    assert schedule.previous(at("2026-10-25T01:50")) == at("2026-10-25T00:45")
+
+
+def test_a_machine_that_slept_for_a_month_fires_once() -> None:
+    trigger = loop._trigger_class()(Schedule("* * * * *", "UTC"))
+    fire = trigger.get_next_fire_time(at("2026-04-01T00:00"), at("2026-05-01T00:00"))
+    assert fire == at("2026-05-01T00:01")
+
+
 expressions = st.sampled_from(
     ["0 2 * * *", "30 22 * * MON-FRI", "*/15 * * * *", "0 */6 * * *", "15,45 1-3 * * *", "0 0 1 * *",
      "59 23 L * *", "0 3 * * SUN#1", "7 * * * *", "0 0 29 2 *", "* * * * *", "30 2 25-31 3,10 SUN"]
