@@ -54,6 +54,4 @@ def _factory(kind: str) -> Factory:
     found = {point.name: point for point in entry_points(group=GROUP)}
     if kind in found:
         return cast("Factory", found[kind].load())
-    raise UsageError(
-        f"there is no driver {kind!r}", hint=f"one of {', '.join(sorted({*DRIVERS, *found}))}"
-    )
+    raise UsageError(f"there is no driver {kind!r}", hint=f"one of {', '.join(sorted({*DRIVERS, *found}))}")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import cast
 
 from backupd.errors import CommandFailed
+from backupd.sandbox.said import Said, ended_badly
 
 READ = 1 << 20
-KEPT = 8192  # of stderr: the end of it
 GRACE = 2.0  # seconds between asking a program to end and making it
 
 
@@ -41,7 +41,7 @@ def run(
     """
     process = _start(argv, env, feed=stdin is not None, hint=hint)
     output = cast("io.FileIO", process.stdout)  # bufsize=0
-    said = _Tail(cast("io.FileIO", process.stderr))
+    said = _Listener(cast("io.FileIO", process.stderr))
     feeder = _Feeder(process, stdin) if stdin is not None else None
     ended = False
     try:
@@ -61,25 +61,7 @@ def run(
     if feeder is not None and feeder.error is not None:
         raise feeder.error
     if status != 0:
-        raise failure(Path(argv[0]).name, status, said.text)
-
-
-def failure(program: str, status: int, stderr: str, *, where: str = "") -> CommandFailed:
-    """The error for a program that ended with `status` (negative: by that signal), told by its last line."""
-    if status < 0:
-        what = f"was ended by signal {-status} ({_signal_name(-status)})"
-    else:
-        what = f"ended with status {status}"
-    last = stderr.strip().rpartition("\n")[2].strip()
-    message = f"{program}{where} {what}" + (f": {last}" if last else "")
-    return CommandFailed(message, returncode=status, stderr=stderr)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
+        raise ended_badly(Path(argv[0]).name, status, said.text)
 
 
 def _start(
@@ -122,23 +104,23 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         return
 
 
-class _Tail:
-    """Drains stderr, so that the program never waits for a reader, and keeps its end."""
+class _Listener:
+    """Drains stderr, so that the program never waits for a reader."""
 
     def __init__(self, pipe: io.FileIO) -> None:
         self._pipe = pipe
-        self._kept = b""
+        self._said = Said()
         self._thread = threading.Thread(target=self._drain, name="stderr", daemon=True)
         self._thread.start()
 
     def _drain(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            while chunk := self._pipe.read(KEPT):
-                self._kept = (self._kept + chunk)[-KEPT:]
+            while chunk := self._pipe.read(8192):
+                self._said.add(chunk)
 
     @property
     def text(self) -> str:
-        return self._kept.decode(errors="replace").strip()
+        return self._said.text
 
     def finish(self) -> None:
         self._thread.join(timeout=GRACE)  # a grandchild may hold the pipe open

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backupd.errors import CommandFailed, ContainerError
 from backupd.sandbox.engine import asking, describe, readable
+from backupd.sandbox.said import ended_badly
 from backupd.sandbox.wire import Hijacked
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class DockerContainer:
             said = wire.stderr
             if status in CONFUSED and not said:
                 said = last.decode(errors="replace").strip()
-            raise failed(argv[0], f" in {self.name}", status, said)
+            raise ended_badly(argv[0], status, said, where=f" in {self.name}")
 
     def _hijack(self, execution: str) -> Hijacked:
         api = self._engine.api
@@ -273,17 +273,6 @@ class DockerContainer:
             f"port {port} of the container {self.name} cannot be reached from here",
             hint="publish the port, or put this agent on one of the container's networks",
         )
-
-
-def failed(program: str, where: str, status: int, stderr: str) -> CommandFailed:
-    """The error for a program that ended with `status`, told by the last line it wrote to stderr."""
-    what = f"ended with status {status}"
-    if status > 128:
-        with contextlib.suppress(ValueError):
-            what = f"was ended by signal {status - 128} ({signal.Signals(status - 128).name})"
-    last = stderr.strip().rpartition("\n")[2].strip()
-    message = f"{program}{where} {what}" + (f": {last}" if last else "")
-    return CommandFailed(message, returncode=status, stderr=stderr)
 
 
 def _reachable(host_ip: str, engine: Engine) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from backupd.errors import BackupdError, ContainerError
 from backupd.model import Progress, Silence
+from backupd.sandbox.said import ended_badly
 from backupd.sandbox.wire import Hijacked
 
 if TYPE_CHECKING:
@@ -219,8 +220,6 @@ class Engine:
 
         Raises CommandFailed at the end when the program ended badly, ContainerError for the engine's part.
         """
-        from backupd.sandbox.container import failed
-
         for name in volumes:
             self.volume_path(name)  # the engine would make a missing volume, and back up its emptiness
         self.ensure_image(image, progress=progress)
@@ -246,7 +245,7 @@ class Engine:
                 if wire is not None:
                     wire.close()
         if status != 0:
-            raise failed(argv[0], f" in a helper of {image}", status, wire.stderr)
+            raise ended_badly(argv[0], status, wire.stderr, where=f" in a helper of {image}")
 
     def _create_helper(
         self, image: str, argv: Sequence[str], volumes: Mapping[str, tuple[str, str]], *, feed: bool

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from backupd.errors import ContainerError
+from backupd.sandbox.said import Said
 
 STDIN, STDOUT, STDERR, ENGINE = 0, 1, 2, 3
 HEADER = 8
 RECEIVE = 1 << 18  # a Unix socket hands out some 200 KiB at a time; frames are 32 KiB
-KEPT = 8192  # of what a program says on stderr: the end of it
 
 
 class Demultiplexer:
@@ -74,15 +74,15 @@ class Hijacked:
         self._socket.settimeout(None)
         if self._socket.family != socket.AF_UNIX:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._stderr = b""
+        self._said = Said()
         self._feeder: threading.Thread | None = None
         self.stdin_error: BaseException | None = None
         """What the iterable given to `feed` raised: the program has not seen all of its input."""
 
     @property
     def stderr(self) -> str:
-        """The last lines the program wrote to stderr."""
-        return self._stderr.decode(errors="replace").strip()
+        """What the program wrote to stderr: both ends of it."""
+        return self._said.text
 
     def feed(self, chunks: Iterable[bytes]) -> None:
         """Send `chunks` to the program's stdin from a thread of its own, then close stdin."""
@@ -122,7 +122,7 @@ class Hijacked:
                 if kind == STDOUT:
                     pieces.append(piece)
                 else:
-                    self._stderr = (self._stderr + piece)[-KEPT:]
+                    self._said.add(piece)
             if pieces:
                 yield b"".join(pieces)
         if self.stdin_error is None and not frames.between_frames:
