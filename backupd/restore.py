@@ -119,7 +119,10 @@ def restore_to_sandbox(
     started = work.clock()
     try:
         drivers = {step.source: driver_of(step.point) for step in plan.steps}
-        restored = _each(plan, lambda step: _into_sandbox(step, drivers[step.source], sandbox, work), work)
+        making = threading.Lock()  # one at a time: a sandbox makes its network with its first container
+        restored = _each(
+            plan, lambda step: _into_sandbox(step, drivers[step.source], sandbox, making, work), work
+        )
     except BaseException:
         if not keep:
             sandbox.destroy()
@@ -127,13 +130,17 @@ def restore_to_sandbox(
     return RestoreReport(plan, f"sandbox {sandbox.name}", started, work.clock(), restored)
 
 
-def _into_sandbox(step: Step, driver: Driver, sandbox: Sandbox, work: Work) -> Restored:
+def _into_sandbox(
+    step: Step, driver: Driver, sandbox: Sandbox, making: threading.Lock, work: Work
+) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
     archive = _open(step, work)
     spec = driver.home(step.point)
     progress.stage(f"making a container of {spec.image}")
-    container = sandbox.create(step.source, spec)
+    with making:
+        work.check()
+        container = sandbox.create(step.source, spec)
     return _load(step, driver, archive, spec, container, sandbox.wait_ready, work, progress, begun)
 
 

@@ -249,22 +249,39 @@ class Agent:
     ) -> RestoreReport:
         """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. Raises UsageError,
         RestoreFailed, Damaged."""
+        kind, _, place = to.partition(":")
+        if (kind, bool(place)) not in {("sandbox", False), ("dir", True), ("container", True)}:
+            raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
+        reports: list[RestoreReport] = []
+
+        def work() -> Run:
+            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep)
+            reports.append(report)
+            told = [f"{source}: {len(lines)} facts differ" for source, lines in report.differences.items()]
+            status = RunStatus.FAILED if told else RunStatus.OK
+            return Run("", "restore", "", status, report.started, report.finished, size=plan.size,
+                       message=f"to {report.target}" if not told else "; ".join(told))  # fmt: skip
+
+        self._recorder()("restore", ",".join(step.source for step in plan.steps), work)
+        return reports[0]
+
+    def _restore(
+        self, plan: RestorePlan, kind: str, place: str, *, name: str, watch: Callable[[Step], Progress],
+        keep: bool,
+    ) -> RestoreReport:  # fmt: skip
         from backupd import restore
         from backupd.sandbox.docker import DockerSandbox
 
         work = restore.Work(self.repository(), self.clock, watch, self.stop)
-        kind, _, rest = to.partition(":")
-        if kind == "sandbox" and not rest:
-            sandbox = DockerSandbox(self.engine, name)
-            return restore.restore_to_sandbox(plan, self.driver_for, sandbox, work, keep=keep)
-        if kind == "dir" and rest:
-            return restore.restore_to_directory(plan, Path(rest), work)
-        if kind == "container" and rest:
+        if kind == "dir":
+            return restore.restore_to_directory(plan, Path(place), work)
+        if kind == "container":
             waiter = DockerSandbox(self.engine, "none")  # makes nothing: it knows how to wait
             return restore.restore_to_container(
-                plan, self.driver_for, self.engine.container(rest), work, ready=waiter.wait_ready
+                plan, self.driver_for, self.engine.container(place), work, ready=waiter.wait_ready
             )
-        raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
+        sandbox = DockerSandbox(self.engine, name)
+        return restore.restore_to_sandbox(plan, self.driver_for, sandbox, work, keep=keep)
 
     # --- jobs ----------------------------------------------------------------------------------------
 

@@ -61,10 +61,12 @@ def jobs_of(agent: Agent) -> list[Job]:
     settings, zone = config.serve, config.defaults.timezone
     if settings.prune_schedule and any(config.policies.values()):
         when = Schedule.parse(settings.prune_schedule, zone)
-        jobs.append(Job("prune", "", lambda _stop, _due: _prune(agent), when, lane="repository"))
+        jobs.append(Job("prune", "", lambda _stop, _due: _prune(agent), when, lane="repository", eager=False))
     if settings.verify_schedule:
         when = Schedule.parse(settings.verify_schedule, zone)
-        jobs.append(Job("verify", "", lambda _stop, _due: _verify(agent), when, lane="repository"))
+        jobs.append(
+            Job("verify", "", lambda _stop, _due: _verify(agent), when, lane="repository", eager=False)
+        )
     return jobs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 
@@ -24,11 +25,9 @@ def explain(error: BaseException, session: Session) -> int:
         import json
 
         print(json.dumps({"error": {"message": message, "hint": hint, "exit_code": code}}))
-    try:
-        say(message, hint)
+    with contextlib.suppress(BrokenPipeError):  # whoever read our output has gone
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone
-        sys.stderr.close()
+        say(message, hint)
     return code
 
 

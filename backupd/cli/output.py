@@ -99,7 +99,8 @@ def age(then: datetime, now: datetime) -> str:
 def note(session: Session, text: str) -> None:
     """A line for a person on standard error; not with --quiet."""
     if not session.quiet:
-        print(printable(text), file=sys.stderr)
+        sys.stdout.flush()  # both often go to one place: keep their order
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 # --- progress ----------------------------------------------------------------------------------------

@@ -164,7 +164,9 @@ def _print_report(report: RestoreReport, session: Session) -> None:
             print(printable(f"DIFFERS {restored.step.source}: {difference}"))
     note(session, f"restored to {report.target}: {size(report.plan.size)} in {seconds(report.seconds)}")
     if report.target.startswith("sandbox "):
-        note(session, f"when you are done: backupd sandbox remove {report.target.removeprefix('sandbox ')}")
+        name = report.target.removeprefix("sandbox ")
+        note(session, f"on the network backupd-{name} each answers to its source's name")
+        note(session, f"when you are done: backupd sandbox remove {name}")
 
 
 def _row(r: Restored) -> tuple[str, ...]:
