@@ -46,7 +46,11 @@ class TarStreamReader:
             path = os.fsdecode(entry.name)
             path = "" if path == "." else path
             directory = entry.typeflag == tar.DIRECTORY
-            if path and self._wanted is not None and not self._wanted(path, directory):
+            if path and not self._wanted(path, directory):
+                continue
+            if entry.typeflag == tar.HARDLINK and not self._wanted(os.fsdecode(entry.link), False):
+                link = os.fsdecode(entry.link)
+                self._writer.warn(f"{path}: left out: its content came as {link}, which is excluded")
                 continue
             self._add(path, entry)
             if self._members >= _PAGE_MEMBERS:

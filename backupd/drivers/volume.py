@@ -2,7 +2,8 @@
 
 A directory, and a volume whose path this process can read, is read by the archive engine itself: quick, and what
 did not change is not opened. Any other volume is mounted read-only into a helper container, where GNU tar reads
-it. Either way files may vanish, grow and shrink meanwhile: the rest is whole, and the run names them. Sockets are
+it (all but attributes that begin with `trusted.`: a container without CAP_SYS_ADMIN does not see them). Either
+way files may vanish, grow and shrink meanwhile: the rest is whole, and the run names them. Sockets are
 left out; whoever listens makes them anew.
 
 A restored tree is compared with the recovery point, entry by entry, before the restore is called done.
@@ -58,7 +59,7 @@ _WITH_GNU_TAR = (HELPER_IMAGE, "debian:latest", "python:3.11-slim", "python:3-sl
 _ANONYMOUS = re.compile(r"[0-9a-f]{64}")
 _CREATE = (
     "tar", "--create", "--format=pax", "--xattrs", "--xattrs-include=*", "--sparse", "--numeric-owner",
-    "--one-file-system", "--warning=no-file-ignored", "--quoting-style=literal", "--directory", INSIDE, ".",
+    "--one-file-system", "--sort=name", "--warning=no-file-ignored", "--quoting-style=literal", "--directory", INSIDE,
 )  # fmt: skip
 """ACLs are among the xattrs; --acls would write them a second time, with the helper's names for numbers."""
 _EXTRACT = (
@@ -175,7 +176,7 @@ class VolumeDriver:
     def _tar_by_helper(self, warnings: list[str]) -> Generator[bytes]:
         volume = cast("str", self._settings.volume)
         try:
-            yield from self._helper(_CREATE, volume, "ro")
+            yield from self._helper((*_CREATE, *excludes_for_tar(self._settings.exclude), "."), volume, "ro")
         except CommandFailed as error:
             if error.returncode != _TAR_CHANGED:
                 raise CaptureFailed(
@@ -374,6 +375,24 @@ def _problems_of_patterns(settings: VolumeSettings) -> Iterator[Problem]:
                 f"the pattern {pattern} is compared with paths below {settings.path} and matches nothing",
                 f"write /{relative}",
             )
+
+
+def excludes_for_tar(patterns: Iterable[str]) -> Iterator[str]:
+    """The patterns that GNU tar can say, as its options: what is left out there need not travel, and tar stores
+    a file with several names under one that is kept. The engine applies all of them, once more.
+
+    A directory that is excluded is itself still sent, without what is in it.
+    """
+    yield from ("--wildcards", "--no-wildcards-match-slash")
+    for pattern in patterns:
+        only_below = pattern.endswith(("/", "/**"))
+        text = pattern.removesuffix("/").removesuffix("/**").removeprefix("./")
+        anywhere = text.startswith("**/") or "/" not in pattern.rstrip("/")
+        text = text.removeprefix("**/").strip("/")
+        if not text or "**" in text.split("/") or "//" in text or "/./" in text:
+            continue
+        yield "--no-anchored" if anywhere else "--anchored"
+        yield f"--exclude={'' if anywhere else './'}{text}{'/*' if only_below else ''}"
 
 
 def warnings_of_tar(stderr: str) -> list[str]:
