@@ -1,0 +1,225 @@
+"""The tools compared: how each makes a repository, backs up, restores."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.corpus import tree_size
+
+_BACKUPD = str(Path(sys.executable).with_name("backupd"))
+
+
+@dataclass(slots=True)
+class Bench:
+    """One tool's place for one round: its repository, its own cache, its restored tree."""
+
+    base: Path
+    tree: Path
+
+    @property
+    def repository(self) -> Path:
+        return self.base / "repository"
+
+    @property
+    def restored(self) -> Path:
+        return self.base / "restored"
+
+    def size(self) -> int:
+        return tree_size(self.repository)
+
+
+class Tool(Protocol):
+    """A way to back up a tree. Commands are argv lists, each run as a process of its own."""
+
+    name: str
+    note: str
+
+    def version(self) -> str:
+        """What it is, or "" where it is not here."""
+
+    def env(self, bench: Bench) -> dict[str, str]: ...
+    def init(self, bench: Bench) -> list[str]: ...
+    def backup(self, bench: Bench, number: int) -> list[str]: ...
+    def restore(self, bench: Bench) -> list[str]: ...
+
+    def found(self, bench: Bench) -> Path:
+        """Where the tree is after `restore`."""
+
+
+def _first_line(argv: Sequence[str]) -> str:
+    if not shutil.which(argv[0]):
+        return ""
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    return said.splitlines()[0]
+
+
+def _clean_env(bench: Bench, **more: str) -> dict[str, str]:
+    """Nothing of this machine's user: no configuration, no cache of an earlier run."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(bench.base),
+        "TMPDIR": str(bench.base),
+        "LC_ALL": "C.UTF-8",
+        **more,
+    }
+
+
+@dataclass(slots=True)
+class Backupd:
+    """The real command line, with a configuration file of one volume."""
+
+    name: str = "backupd"
+    note: str = "zstd 3, no encryption; every blob named by BLAKE3 and compared on restore"
+    argv: list[str] = field(default_factory=lambda: [_BACKUPD])
+
+    def version(self) -> str:
+        return _first_line([*self.argv, "--version"])
+
+    def env(self, bench: Bench) -> dict[str, str]:
+        return _clean_env(
+            bench, BACKUPD_CONFIG=str(bench.base / "backupd.toml"), XDG_STATE_HOME=str(bench.base)
+        )
+
+    def init(self, bench: Bench) -> list[str]:
+        (bench.base / "backupd.toml").write_text(
+            f'[repository]\nlocation = "{bench.repository}"\n'
+            f'[sources.tree]\ndriver = "volume"\npath = "{bench.tree}"\n'
+        )
+        return [*self.argv, "-q", "init"]
+
+    def backup(self, bench: Bench, number: int) -> list[str]:
+        return [*self.argv, "-q", "backup", "tree"]
+
+    def restore(self, bench: Bench) -> list[str]:
+        return [*self.argv, "-q", "restore", "--at", "latest", "--to", f"dir:{bench.restored}", "tree"]
+
+    def found(self, bench: Bench) -> Path:
+        inside = bench.restored / "tree"
+        return inside if inside.is_dir() else bench.restored
+
+
+@dataclass(slots=True)
+class Restic:
+    """Encryption cannot be switched off; compression as it comes (zstd, about level 1)."""
+
+    name: str = "restic"
+    note: str = "its defaults: always encrypted (AES-256-CTR + Poly1305), compression auto"
+
+    def version(self) -> str:
+        return _first_line(["restic", "version"])
+
+    def env(self, bench: Bench) -> dict[str, str]:
+        return _clean_env(
+            bench,
+            RESTIC_REPOSITORY=str(bench.repository),
+            RESTIC_PASSWORD="benchmark",
+            RESTIC_CACHE_DIR=str(bench.base / "cache"),
+        )
+
+    def init(self, bench: Bench) -> list[str]:
+        return ["restic", "-q", "init"]
+
+    def backup(self, bench: Bench, number: int) -> list[str]:
+        return ["restic", "-q", "backup", "."]
+
+    def restore(self, bench: Bench) -> list[str]:
+        return ["restic", "-q", "restore", "latest", "--target", str(bench.restored)]
+
+    def found(self, bench: Bench) -> Path:
+        return bench.restored
+
+
+@dataclass(slots=True)
+class Borg:
+    """Without encryption, compression as ours."""
+
+    name: str = "borg"
+    note: str = "--encryption none, --compression zstd,3"
+
+    def version(self) -> str:
+        return _first_line(["borg", "--version"])
+
+    def env(self, bench: Bench) -> dict[str, str]:
+        return _clean_env(
+            bench,
+            BORG_REPO=str(bench.repository),
+            BORG_BASE_DIR=str(bench.base),
+            BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK="yes",
+        )
+
+    def init(self, bench: Bench) -> list[str]:
+        return ["borg", "init", "--encryption", "none"]
+
+    def backup(self, bench: Bench, number: int) -> list[str]:
+        return ["borg", "create", "--compression", "zstd,3", f"::run{number}", "."]
+
+    def restore(self, bench: Bench) -> list[str]:
+        script = 'cd "$1" && borg extract "::$(borg list --short --last 1)"'
+        bench.restored.mkdir()
+        return ["sh", "-c", script, "restore", str(bench.restored)]
+
+    def found(self, bench: Bench) -> Path:
+        return bench.restored
+
+
+@dataclass(slots=True)
+class TarZstd:
+    """GNU tar with its incremental snapshots, piped through zstd on all cores. No digests, no deduplication."""
+
+    name: str = "tar|zstd"
+    note: str = "tar --listed-incremental | zstd -3 -T0 > file; nothing is checked on the way back"
+
+    def version(self) -> str:
+        tar, zstd = _first_line(["tar", "--version"]), _first_line(["zstd", "--version"])
+        number = re.search(r"v[\d.]+", zstd)
+        return f"{tar}, zstd {number[0] if number else ''}" if tar and zstd else ""
+
+    def env(self, bench: Bench) -> dict[str, str]:
+        return _clean_env(bench)
+
+    def init(self, bench: Bench) -> list[str]:
+        return ["mkdir", str(bench.repository)]
+
+    def backup(self, bench: Bench, number: int) -> list[str]:
+        snapshot = bench.base / "snapshot"
+        script = 'set -o pipefail; tar --create --file - --listed-incremental="$1" . | zstd -q -3 -T0 > "$2"'
+        out = bench.repository / f"{number:04d}.tar.zst"
+        return ["bash", "-c", script, "backup", str(snapshot), str(out)]
+
+    def restore(self, bench: Bench) -> list[str]:
+        script = (
+            'set -o pipefail; for f in "$1"/*.tar.zst; do '
+            'zstd -q -d -c "$f" | tar --extract --file - --listed-incremental=/dev/null --directory "$2" '
+            "|| exit 1; done"
+        )
+        bench.restored.mkdir()
+        return ["bash", "-c", script, "restore", str(bench.repository), str(bench.restored)]
+
+    def found(self, bench: Bench) -> Path:
+        return bench.restored
+
+
+def all_tools() -> list[Tool]:
+    return [Backupd(), Restic(), Borg(), TarZstd()]
+
+
+def install_peers() -> None:
+    """From Debian, where they are not there and we may; what cannot be had is left out and said so."""
+    packages = {"restic": "restic", "borg": "borgbackup", "zstd": "zstd"}
+    missing = [package for program, package in packages.items() if not shutil.which(program)]
+    if not missing or os.geteuid() or not shutil.which("apt-get"):
+        return
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "-qq"], check=False, env=env)
+    subprocess.run(
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+        check=False, env=env, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
