@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -145,6 +146,22 @@ def test_includes_and_excludes_choose(tmp_path: Path, repository: Repository) ->
 
 def names_in(archive: PointArchive) -> set[str]:
     return {member.name for member in archive.members()} - {""}
+
+
+def test_a_file_system_without_attributes_is_read(
+    tmp_path: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS 3, and the directories that Docker Desktop shares, answer "not supported"; every file is there still."""
+
+    def none(*_: object, **__: object) -> list[str]:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    monkeypatch.setattr(os, "listxattr", none)
+    run = backed_up(of_path(tmp_path), repository)
+    assert run.warnings == ()
+    assert names_in(point_of(run, repository)) == {"file", "link"}
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])

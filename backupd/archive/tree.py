@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import marshal
 import os
 import stat
@@ -250,8 +251,7 @@ class TreeReader:
         self, fd: int, full: str, entry: StatTuple
     ) -> tuple[int, StatTuple, dict[bytes, bytes], int]:
         """Read into the slab without claiming the room yet: (bytes, tuple afterwards, xattrs, where it begins)."""
-        names = os.listxattr(fd)
-        xattrs = read_xattrs(fd) if names else {}
+        xattrs = read_xattrs(fd)
         want = entry[1]
         head = len(self._header(full, want, entry, xattrs)) if self._plain else 0
         slab = self._writer.pipeline.room(head + want + 1 + tar.BLOCK)
@@ -390,8 +390,14 @@ def _is_sqlite(fd: int) -> bool:
 def read_xattrs(target: int | str) -> dict[bytes, bytes]:
     """Also ACLs and capabilities, which are xattrs. Of an open file, or of a path whose last part is not followed."""
     follow = isinstance(target, int)
+    try:
+        names = os.listxattr(target, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:  # NFS 3, and many a file system in user space, have none
+            raise
+        return {}
     found = {}
-    for name in os.listxattr(target, follow_symlinks=follow):
+    for name in names:
         try:
             found[os.fsencode(name)] = os.getxattr(target, name, follow_symlinks=follow)
         except OSError:  # gone meanwhile, or not ours to read
