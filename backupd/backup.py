@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from backupd.archive import ArchiveWriter, Written, write_archive
+from backupd.archive.patterns import escape
 from backupd.errors import CaptureFailed, Locked, StoreError
 from backupd.model import (
     Capture,
@@ -121,7 +122,7 @@ def _without_repository(capture: Capture, repository: Repository) -> Content:
         inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())
     except ValueError:
         return content
-    return replace(content, exclude=(*content.exclude, f"/{inside}/"))
+    return replace(content, exclude=(*content.exclude, f"/{escape(str(inside))}/"))
 
 
 def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:

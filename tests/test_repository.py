@@ -105,13 +105,14 @@ def test_a_local_repository_copied_into_a_bucket_restores(tmp_path: Path) -> Non
     assert describe(engine.restore(point, tmp_path / "restored")) == describe(tmp_path / "tree")
 
 
-times = st.datetimes(min_value=datetime(1990, 1, 1), max_value=datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+times = st.datetimes(min_value=datetime(1990, 1, 1), max_value=datetime(2200, 1, 1), timezones=st.just(UTC))
 texts = st.text(max_size=20)
 points = st.builds(
     RecoveryPoint, id=st.from_regex(r"[0-9a-f]{12}", fullmatch=True), source=st.just("a"), driver=texts,
     kind=st.sampled_from(PointKind), instant=times, started=times, finished=times, size=st.integers(0, 2**60),
     stored=st.integers(0, 2**60), members=st.integers(0, 2**40), warnings=st.lists(texts, max_size=3).map(tuple),
-    facts=st.dictionaries(texts, st.integers() | texts | st.lists(st.booleans())), attributes=st.dictionaries(texts, texts),
+    facts=st.dictionaries(texts, st.integers() | texts | st.lists(st.booleans())),
+    attributes=st.dictionaries(texts, texts),
 )  # fmt: skip
 
 

@@ -55,6 +55,11 @@ def _any(expressions: Iterable[str]) -> Callable[[str], re.Match[str] | None]:
     return re.compile(joined or r"(?!)", re.DOTALL).fullmatch
 
 
+def escape(path: str) -> str:
+    """A pattern that means this path and no other."""
+    return re.sub(r"([\\*?\[\]!])", r"\\\1", path)
+
+
 class _Pattern:
     """Two regular expressions for names that end in a slash where they are directories."""
 

@@ -20,9 +20,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
-
-LIMIT = 1 << 31
 
 
 class Broken(Exception):
@@ -179,8 +176,7 @@ class Repository:
     def content(self, source, row, packs):
         flat = row[9] or []
         for i in range(0, len(flat), 3):
-            for part in self.pack(source, packs[flat[i]]).read(flat[i + 1], flat[i + 2]):
-                yield part
+            yield from self.pack(source, packs[flat[i]]).read(flat[i + 1], flat[i + 2])
 
 
 def extra(row):
@@ -200,11 +196,11 @@ def set_attributes(path, row, warn):
         os.chown(path, row[6], row[7], follow_symlinks=False)
     if not link:
         os.chmod(path, stat.S_IMODE(row[1]))
-        for name, value in extra(row).get("xattrs", {}).items():
-            try:
-                os.setxattr(path, name, base64.b64decode(value), follow_symlinks=False)
-            except (OSError, AttributeError) as error:
-                warn("%r: the attribute %s could not be set: %s" % (path, name, error))
+    for name, value in extra(row).get("xattrs", {}).items():
+        try:
+            os.setxattr(path, name, base64.b64decode(value), follow_symlinks=False)
+        except (OSError, AttributeError) as error:
+            warn("%r: the attribute %s could not be set: %s" % (path, name, error))
     os.utime(path, ns=(row[3], row[3]), follow_symlinks=False)
 
 
