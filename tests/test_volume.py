@@ -164,6 +164,22 @@ def test_a_file_system_without_attributes_is_read(
     assert names_in(point_of(run, repository)) == {"file", "link"}
 
 
+def test_what_is_mounted_inside_is_left_out_and_told(tmp_path: Path, repository: Repository) -> None:
+    """A volume below the directory is another source; excluding it says that one knows."""
+    inside = tmp_path / "uploads"
+    inside.mkdir()
+    (tmp_path / "file").write_text("content")
+    subprocess.run(["mount", "-t", "tmpfs", "none", inside], check=True)
+    try:
+        (inside / "photo").write_text("photo")
+        run = backed_up(of_path(tmp_path), repository)
+        assert run.warnings == ("uploads: another file system is mounted here: what is in it was left out",)
+        assert names_in(point_of(run, repository)) == {"file", "uploads"}
+        assert backed_up(of_path(tmp_path, exclude=("/uploads/",)), repository).warnings == ()
+    finally:
+        subprocess.run(["umount", inside], check=True)
+
+
 @pytest.mark.parametrize("kind", ["missing", "file"])
 def test_a_place_that_is_none_fails_with_a_hint(kind: str, tmp_path: Path, repository: Repository) -> None:
     """Before anything is written."""

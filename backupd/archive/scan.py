@@ -112,7 +112,9 @@ class Scan:
                 self._warn(f"{path}: was replaced while it was read and was left out")
                 return None
             if self._device is not None and info.st_dev != self._device:
-                return own, [], []  # another file system is mounted here: the mount point itself is kept
+                # Excluded, it would not be looked at; taken in silence for all there is, it would be lost.
+                self._warn(f"{path}: another file system is mounted here: what is in it was left out")
+                return own, [], []  # the mount point itself is kept
             with os.scandir(fd) as entries:
                 try:
                     found = [(entry.name, stat_tuple(entry.stat(follow_symlinks=False))) for entry in entries]
