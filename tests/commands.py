@@ -1,0 +1,83 @@
+"""Runs the command line as a user does: in a process of its own, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a user sees of a command that ended."""
+
+    code: int
+    out: str
+    err: str
+    raw: bytes = field(repr=False, default=b"")
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def message(self) -> str:
+        """What follows the last `backupd: `, without its hint."""
+        lines = [line for line in self.err.splitlines() if line.startswith("backupd: ")]
+        return lines[-1].removeprefix("backupd: ") if lines else ""
+
+    @property
+    def hint(self) -> str:
+        lines = [line for line in self.err.splitlines() if line.startswith("hint: ")]
+        return lines[-1].removeprefix("hint: ") if lines else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A directory to work in, with a history of its own and a clean environment."""
+
+    path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def configure(self, text: str) -> None:
+        (self.path / "backupd.toml").write_text(text)
+
+    def environment(self) -> dict[str, str]:
+        kept = ("PATH", "HOME", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "LANG")
+        return {
+            **{key: os.environ[key] for key in kept if key in os.environ},
+            "BACKUPD_STATE": str(self.path / "state"),
+            "BACKUPD_BACKUP_ROOT": str(self.path / "nothing-mounted"),
+            **self.env,
+        }
+
+    def run(self, *argv: str, before: Sequence[str] = (), timeout: float = 120) -> Ended:
+        """Run `backupd ARGV`; `before` is put in front of the program, as `nice` is."""
+        ended = subprocess.run(
+            [*before, sys.executable, "-m", "backupd", *argv],
+            cwd=self.path, env=self.environment(), capture_output=True, timeout=timeout, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        out, err = (text.decode(errors="surrogateescape") for text in (ended.stdout, ended.stderr))
+        assert "Traceback" not in err, err
+        return Ended(ended.returncode, out, err, ended.stdout)
+
+    def ok(self, *argv: str) -> Ended:
+        """Run it; it must end with 0."""
+        ended = self.run(*argv)
+        assert ended.code == 0, f"backupd {' '.join(argv)}: {ended.code}\n{ended.out}{ended.err}"
+        return ended
+
+    def refused(self, *argv: str, code: int, before: Sequence[str] = ()) -> Ended:
+        """Run it; it must end with this code, one line that says what happened, and a hint."""
+        ended = self.run(*argv, before=before)
+        said = f"backupd {' '.join(argv)}: {ended.code}\n{ended.out}{ended.err}"
+        assert ended.code == code, said
+        assert ended.message, said
+        assert ended.hint, said
+        return ended
