@@ -260,7 +260,7 @@ print("done")
 
 
 def test_an_agent_killed_at_any_step_leaves_no_half_point_and_the_next_run_is_whole(tmp_path: Path) -> None:
-    """SIGKILL before each listing, put, fsync, link and rename of a run, one after another, until a run gets through."""
+    """SIGKILL before each listing, put, fsync, link and rename of a run in turn, until a run gets through."""
     root = fill(tmp_path / "tree", 400_000)
     engine = Engine(LocalStore(tmp_path / "repository", create=True))
     good = run(engine, lambda: Tree(root))
