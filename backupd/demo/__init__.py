@@ -141,14 +141,14 @@ class Demo:
         for name, picture in before.items():
             point = first[name]
             age = (instant - datetime.fromisoformat(point["instant"])).total_seconds()
-            sizes = [_megabytes(n) for n in (point["size"], point["stored"], second[name]["stored"])]
+            sizes = [_size(n) for n in (point["size"], point["stored"], second[name]["stored"])]
             row = " ".join(f"{text:>9}" for text in (*sizes, f"{age:.1f} s"))
             self.say(f"   {name:9} {picture.summary:44} {row}")
         backup, restore = self._took["backup"], self._took["restore"]
         stored = sum(f.stat().st_size for f in (self.folder / "repository").rglob("*") if f.is_file())
         size = sum(p["size"] for p in points)
         self.say(
-            f"\n   Two backups of {_megabytes(size)} in a repository of {_megabytes(stored)}; the last took "
+            f"\n   Two backups of {_size(size)} in a repository of {_size(stored)}; the last took "
             f"{backup:.1f} s, the restore {restore:.1f} s, the whole demo {took:.0f} s."
         )
 
@@ -203,8 +203,13 @@ def _next_second() -> datetime:
     return datetime.fromtimestamp(instant, UTC)
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def _size(count: float) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def look(address: RedisAddress) -> Picture:
             for key in _keys(redis):
                 name = f"db{database}: {key.decode('utf-8', 'backslashreplace')}"
                 things[name] = digest(redis.call("PEXPIRETIME", key), *_value(redis, key))
-    return Picture(f"{len(things):,} keys in {len(databases)} databases", things)
+    return Picture(f"{len(things):,} keys in {len(databases)} database{'s' * (len(databases) > 1)}", things)
 
 
 def _keys(redis: Connection) -> Iterator[bytes]:

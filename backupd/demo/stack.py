@@ -100,7 +100,12 @@ class DockerStack:
                 POSTGRES, env=environment, volumes=("/var/lib/postgresql/data",), port=5432, ready=ready
             ),
             "sessions": ContainerSpec(
-                REDIS, volumes=("/data",), port=6379, ready=("sh", "-c", "redis-cli ping | grep -q PONG")
+                REDIS,
+                # a replica's dump is otherwise put off by five seconds, in case another replica comes
+                command=("redis-server", "--repl-diskless-sync-delay", "0"),
+                volumes=("/data",),
+                port=6379,
+                ready=("sh", "-c", "redis-cli ping | grep -q PONG"),
             ),
             "vectors": ContainerSpec(CHROMA, volumes=("/data",), port=8000, ready=("bash", "-c", port)),
             "uploads": ContainerSpec(REDIS, volumes=("/data",), service=False),

@@ -92,7 +92,8 @@ def look(address: Address) -> Picture:
         for number, (ids, distances) in enumerate(zip(found["ids"], found["distances"], strict=True)):
             near = [f"{identity} {distance:.4f}" for identity, distance in zip(ids, distances, strict=True)]
             things[f"{name}: neighbours of query {number}"] = digest(*near)
-    return Picture(f"{records:,} embeddings in {len(collections)} collections", things)
+    many = "s" * (len(collections) > 1)
+    return Picture(f"{records:,} embeddings in {len(collections)} collection{many}", things)
 
 
 def _records(address: Address, path: str) -> Iterator[tuple[object, ...]]:
