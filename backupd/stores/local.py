@@ -79,6 +79,8 @@ class LocalStore:
                     temporary.unlink()
             try:
                 _sync_directory(path.parent)
+            except FileNotFoundError:
+                pass  # deleted already, by another
             except OSError:
                 if not overwrite:
                     path.unlink()
@@ -209,13 +211,14 @@ class LocalStore:
     def _open_temporary(self, path: Path) -> tuple[Path, int]:
         """In the directory of `path`, so that giving it its name never crosses file systems."""
         temporary = path.with_name(f"{OWN}tmp-{secrets.token_hex(8)}")
-        for attempt in range(10):
-            self._make_parents(path)
+        for attempt in range(100):
             try:
+                self._make_parents(path)
                 file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
                 break
             except FileNotFoundError:  # a delete took the directory, empty then, from under us
-                if attempt == 9:
+                self._check_root()
+                if attempt == 99:
                     raise
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells sweep() that we live
