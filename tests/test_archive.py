@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine import Engine
@@ -58,10 +59,10 @@ def test_a_second_run_opens_no_unchanged_file_and_stores_nothing(
     opened: list[object] = []
     plain_open = os.open
 
-    def watched(path: object, flags: int, *rest: int, **more: int) -> int:
+    def watched(path: Any, flags: int, *rest: Any, **more: Any) -> int:
         if not flags & os.O_DIRECTORY:
             opened.append(path)
-        return plain_open(path, flags, *rest, **more)  # type: ignore[call-overload,no-any-return]
+        return plain_open(path, flags, *rest, **more)
 
     monkeypatch.setattr(os, "open", watched)
     point = engine.write(every_kind)
@@ -312,11 +313,11 @@ def _before_opening(monkeypatch: pytest.MonkeyPatch, name: str, action: object) 
     plain_open = os.open
     done: list[bool] = []
 
-    def meddling(path: object, *rest: object, **more: object) -> int:
+    def meddling(path: Any, *rest: Any, **more: Any) -> int:
         if path == name and not done:
             done.append(True)
             action()  # type: ignore[operator]
-        return plain_open(path, *rest, **more)  # type: ignore[arg-type,no-any-return]
+        return plain_open(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", meddling)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -36,10 +37,8 @@ def test_a_flipped_bit_in_a_frame_is_damage_or_changes_nothing(data: bytes, draw
     stored = bytearray(CODEC.encode(data))
     at = draw.draw(st.integers(0, len(stored) * 8 - 1))
     stored[at // 8] ^= 1 << at % 8
-    try:
+    with contextlib.suppress(Damaged):
         assert CODEC.decode(bytes(stored), len(data)) == data
-    except Damaged:
-        pass
 
 
 def test_a_frame_that_promises_the_moon_is_not_believed() -> None:
