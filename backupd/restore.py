@@ -367,7 +367,7 @@ def _raise(failures: Mapping[str, BaseException]) -> None:
     if len(first) == 1:
         ((source, error),) = first.items()
         assert isinstance(error, BackupdError)  # noqa: S101  seen above
-        if source not in error.message:
+        if not error.message.startswith(f"{source}:"):
             error.message = f"{source}: {error.message}"
         raise error
     if first:

@@ -38,7 +38,9 @@ def _tell(outcome: Outcome, *, quiet: bool) -> None:
     if outcome.error is not None:
         said = outcome.error.message
         sys.stdout.flush()
-        say(said if outcome.source in said else f"{outcome.source}: {said}", outcome.error.hint)
+        say(
+            said if said.startswith(f"{outcome.source}:") else f"{outcome.source}: {said}", outcome.error.hint
+        )
         return
     run = outcome.run
     if run is None or quiet:

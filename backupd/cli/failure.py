@@ -31,6 +31,13 @@ def explain(error: BaseException, session: Session) -> int:
     return code
 
 
+def conclude(error: BackupdError) -> int:
+    """End with a failure whose details were printed already, as the one JSON document perhaps."""
+    sys.stdout.flush()
+    say(error.message, error.hint)
+    return error.exit_code
+
+
 def say(message: str, hint: str = "") -> None:
     """`backupd: <what happened>`, then `hint: <what to do>`, on standard error."""
     print(f"backupd: {message}", file=sys.stderr)

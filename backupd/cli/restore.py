@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from backupd.cli.failure import conclude
 from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
@@ -142,9 +143,11 @@ def restore_command(
     else:
         _print_report(report, session)
     if report.differences:
-        raise RestoreFailed(
-            f"what was restored differs from what was captured: {', '.join(report.differences)}",
-            hint="the differences are listed above; what was restored is still there to be looked at",
+        return conclude(
+            RestoreFailed(
+                f"what was restored differs from what was captured: {', '.join(report.differences)}",
+                hint="the differences are listed above; what was restored is still there to be looked at",
+            )
         )
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from backupd.cli.failure import conclude
 from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, printable
 from backupd.errors import BackupdError, ContainerError, RepositoryMissing, UsageError
@@ -85,9 +86,12 @@ def check_command(session: Session) -> int:
                 print(printable(f"         hint: {problem.hint}"))
     failed = [f for f in findings if f.fatal]
     if failed:
-        raise BackupdError(
-            f"{len(failed)} of {len(findings)} checks failed: {', '.join(f.where for f in failed)}",
-            hint="each is explained above, with its fix",
+        names = ", ".join(f.where for f in failed)
+        return conclude(
+            BackupdError(
+                f"{len(failed)} of {len(findings)} checks failed: {names}",
+                hint="each is explained above, with its fix",
+            )
         )
     return 0
 

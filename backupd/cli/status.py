@@ -7,7 +7,7 @@ from datetime import datetime
 from backupd.agent.status import Protection
 from backupd.cli.failure import WARNED
 from backupd.cli.options import Session, command
-from backupd.cli.output import age, plain, print_json, print_table
+from backupd.cli.output import age, plain, print_json, print_table, printable
 
 
 @command("status", short_help="What is protected, how old it is, what is overdue.")
@@ -25,6 +25,9 @@ def status_command(session: Session) -> int:
     else:
         rows = [_row(p, now) for p in found]
         print_table(("SOURCE", "DRIVER", "NEWEST POINT", "STATE", "LAST RUN", "NEXT"), rows)
+        for p in found:
+            if p.failing and p.last and p.last.message:
+                print(printable(f"{p.source}: {p.last.message}"))
     return 0 if all(p.good for p in found) else WARNED
 
 
@@ -32,8 +35,8 @@ def _row(p: Protection, now: datetime) -> tuple[str, ...]:
     state = "ok"
     if p.point is None:
         state = "UNPROTECTED"
-    elif p.failing and p.last:
-        state = f"FAILING: {p.last.message.splitlines()[0] if p.last.message else p.last.status}"
+    elif p.failing:
+        state = "FAILING"
     elif p.overdue:
         state = f"OVERDUE since {age(p.overdue, now)}"
     last = f"{p.last.status}, {age(p.last.started, now)}" if p.last else "never here"
