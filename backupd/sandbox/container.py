@@ -213,16 +213,17 @@ class DockerContainer:
         from docker.utils import decode_json_header
 
         api = self._engine.api
+        before = path.stat()
         with asking(f"look at {inside} of the container {self.name}"):
             url = api._url("/containers/{0}/archive", self.id)
             response = api.head(url, params={"path": inside}, timeout=api.timeout)
             header = response.headers.get("x-docker-container-path-stat")
         if response.status_code != 200 or not header:
             return False
-        told, seen = decode_json_header(header), path.stat()
-        return (told["mode"] & 0o777) == (seen.st_mode & 0o777) and _nanoseconds(
-            told["mtime"]
-        ) == seen.st_mtime_ns
+        told, after = decode_json_header(header), path.stat()
+        # equal, where nobody writes; a busy directory (SQLite's journal comes and goes) changes between the looks
+        same_time = before.st_mtime_ns <= _nanoseconds(told["mtime"]) <= after.st_mtime_ns
+        return (told["mode"] & 0o777) == (after.st_mode & 0o777) and same_time
 
     # --- life ----------------------------------------------------------------------------------------
 
