@@ -170,8 +170,8 @@ volume = "{volume}"
 
 
 def _volume(container: DockerContainer) -> str:
-    """The named volume that a container holds."""
+    """The volume that was made for it; its image may have brought others of its own, without a name."""
     for mount in container.inspect()["Mounts"]:
-        if mount.get("Type") == "volume":
+        if mount.get("Type") == "volume" and str(mount["Name"]).startswith(container.name):
             return str(mount["Name"])
-    raise ContainerError(f"{container.name} has no volume")
+    raise ContainerError(f"{container.name} has no volume of its own")
