@@ -1,0 +1,86 @@
+"""Memory stays flat: the peak of a run does not know how much data there is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+PEAK = 200 << 20
+"""Bytes; the goal, with the interpreter and all libraries."""
+
+SCRIPT = """
+import json, resource, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from engine import Engine
+from backupd.model import Stream, Streams
+from backupd.stores import LocalStore
+
+size, root = int(sys.argv[1]), Path(sys.argv[2])
+block = bytes(range(256)) * 2048
+
+def dump():
+    for number in range(size // len(block)):
+        yield number.to_bytes(8, "big") + block[8:]
+
+engine = Engine(LocalStore(root, create=True))
+engine.write(Streams([Stream("a.dump", dump())]))
+point = engine.write(Streams([Stream("a.dump", dump())]))
+total = sum(len(chunk) for chunk in engine.archive(point).read("a.dump"))
+print(json.dumps([total, point.stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+TREE = """
+import json, resource, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from engine import Engine
+from backupd.stores import LocalStore
+
+engine = Engine(LocalStore(Path(sys.argv[3]), create=True))
+point = engine.write(Path(sys.argv[2]))
+(Path(sys.argv[2]) / "0" / "0").write_text("changed")
+point = engine.write(Path(sys.argv[2]))
+engine.restore(point, Path(sys.argv[4]))
+print(json.dumps([point.members, point.stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def measure(script: str, *argv: object) -> tuple[int, int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(tests=str(Path(__file__).parent)), *map(str, argv)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    total, stored, peak = json.loads(done.stdout)
+    return total, stored, peak
+
+
+def test_the_peak_is_the_same_for_five_times_the_data(tmp_path: Path) -> None:
+    total, _, small = measure(SCRIPT, 128 << 20, tmp_path / "small")
+    assert total == 128 << 20
+    total, stored, large = measure(SCRIPT, 640 << 20, tmp_path / "large")
+    assert total == 640 << 20
+    assert stored < 1 << 20  # the second dump is the first one again
+    assert large < PEAK
+    assert large < small + (40 << 20)
+
+
+def test_the_peak_hardly_grows_with_the_number_of_files(tmp_path: Path) -> None:
+    peaks = []
+    for name, directories in (("few", 10), ("many", 120)):
+        for directory in range(directories):
+            (tmp_path / name / str(directory)).mkdir(parents=True)
+            for number in range(100):
+                (tmp_path / name / str(directory) / str(number)).write_bytes(
+                    b"%d" % (directory * 100 + number)
+                )
+        members, _, peak = measure(
+            TREE, directories, tmp_path / name, tmp_path / f"r-{name}", tmp_path / f"o-{name}"
+        )
+        assert members == directories * 101 + 1
+        peaks.append(peak)
+    few, many = peaks
+    assert many < PEAK
+    assert many < few + (60 << 20)
