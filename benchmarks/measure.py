@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import threading
 import time
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _EVERY = 0.05  # seconds between looks at memory: 0.1 ms of work each
-_PAGE = resource.getpagesize()
 
 
 class ToolFailed(Exception):
@@ -25,11 +23,9 @@ class Taken:
 
     seconds: float
     processor: float
-    """Seconds of both cores, of the process and all it started."""
-    largest: int
-    """Bytes: the most memory one process of it had resident."""
-    together: int
-    """Bytes: the most that all its processes had resident at one look, shared pages counted in each."""
+    """Seconds of all cores, of the process and all it started: steadier than `seconds` on a busy machine."""
+    memory: int
+    """Bytes: the most that its processes had resident, summed over those that lived at the same time."""
 
 
 def run(
@@ -50,12 +46,12 @@ def run(
     if process.returncode not in allowed:
         last = log.read_bytes()[-2000:].decode(errors="replace")
         raise ToolFailed(f"{' '.join(argv)} ended with {process.returncode}:\n{last}")
-    largest = usage.ru_maxrss * 1024
-    return Taken(seconds, usage.ru_utime + usage.ru_stime, largest, max(largest, watch.most))
+    return Taken(seconds, usage.ru_utime + usage.ru_stime, watch.most)
 
 
 class _Watch(threading.Thread):
-    """Sums up the memory of a process and its descendants, now and then."""
+    """Sums up the memory of a process and its descendants, now and then. Not ru_maxrss: that knows one process
+    only, and on Linux counts what the parent had when it forked."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -64,14 +60,17 @@ class _Watch(threading.Thread):
         self.most = 0
 
     def run(self) -> None:
-        while not self.ended.wait(_EVERY):
-            self.most = max(self.most, _resident(self._pid))
+        while True:
+            self.most = max(self.most, _most_resident(self._pid))
+            if self.ended.wait(_EVERY):
+                return
 
 
-def _resident(pid: int) -> int:
-    """Bytes; 0 for what is gone."""
+def _most_resident(pid: int) -> int:
+    """Bytes, high-water marks of a process and its children; 0 for what is gone."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        status = Path(f"/proc/{pid}/status").read_text()
+        kib = int(status.partition("VmHWM:")[2].split(None, 1)[0])
         children = [
             child
             for task in Path(f"/proc/{pid}/task").iterdir()
@@ -79,4 +78,4 @@ def _resident(pid: int) -> int:
         ]
     except (OSError, ValueError, IndexError):
         return 0
-    return pages * _PAGE + sum(_resident(int(child)) for child in children)
+    return kib * 1024 + sum(_most_resident(int(child)) for child in children)

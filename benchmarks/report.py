@@ -37,6 +37,10 @@ def table(middle: Mapping[str, Mapping[str, float]]) -> str:
     rows = [["", *names]]
     rows += [[f"{step}, s", *(f"{middle[n][f'{step}, s']:.2f}" for n in names)] for step in STEPS]
     rows += [
+        [f"{step}, processor s", *(f"{middle[n][f'{step}, processor s']:.2f}" for n in names)]
+        for step in STEPS
+    ]
+    rows += [
         [f"{what}, MB", *(f"{middle[n][f'{what}, bytes'] / 1e6:,.1f}" for n in names)]
         for what in ("grown", "repository", *(f"memory {step}" for step in STEPS))
     ]

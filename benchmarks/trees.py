@@ -23,16 +23,19 @@ class Steps:
     """What one tool took, a value for each round (a few for `unchanged`)."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    processor: dict[str, list[float]] = field(default_factory=dict)
     bytes: dict[str, list[int]] = field(default_factory=dict)
 
     def took(self, step: str, taken: Taken) -> None:
         self.seconds.setdefault(step, []).append(taken.seconds)
-        self.bytes.setdefault(f"memory {step}", []).append(taken.together)
+        self.processor.setdefault(step, []).append(taken.processor)
+        self.bytes.setdefault(f"memory {step}", []).append(taken.memory)
 
     def middle(self) -> dict[str, float]:
         """Medians: seconds by step, then bytes."""
         return {
             **{f"{name}, s": median(values) for name, values in self.seconds.items()},
+            **{f"{name}, processor s": median(values) for name, values in self.processor.items()},
             **{f"{name}, bytes": median(values) for name, values in self.bytes.items()},
         }
 
@@ -71,7 +74,7 @@ def _round(
             bench = benches[tool.name]
             step_taken = _do(tool, bench, tool.backup(bench, len(taken[tool.name].seconds) + runs))
             taken[tool.name].took(step, step_taken)
-            say(f"  {step:10} {tool.name:9} {step_taken.seconds:7.2f} s {step_taken.together / 1e6:6.0f} MB")
+            say(f"  {step:10} {tool.name:9} {step_taken.seconds:7.2f} s {step_taken.memory / 1e6:6.0f} MB")
 
     each("full")
     before = {}
@@ -91,7 +94,7 @@ def _round(
         bench = benches[tool.name]
         step_taken = _do(tool, bench, tool.restore(bench))
         taken[tool.name].took("restore", step_taken)
-        say(f"  restore    {tool.name:9} {step_taken.seconds:7.2f} s {step_taken.together / 1e6:6.0f} MB")
+        say(f"  restore    {tool.name:9} {step_taken.seconds:7.2f} s {step_taken.memory / 1e6:6.0f} MB")
         if digest_tree(tool.found(bench)) != expected:
             raise ToolFailed(f"{tool.name} restored something else than it was given")
         shutil.rmtree(bench.restored)
@@ -99,3 +102,10 @@ def _round(
 
 def _do(tool: Tool, bench: Bench, argv: list[str]) -> Taken:
     return run(argv, cwd=bench.tree, env=tool.env(bench), log=bench.base / "log")
+
+
+def _line(step: str, tool: Tool, taken: Taken) -> str:
+    return (
+        f"  {step:10} {tool.name:9} {taken.seconds:7.2f} s, processor {taken.processor:6.2f} s, "
+        f"{taken.memory / 1e6:5.0f} MB"
+    )
