@@ -216,6 +216,19 @@ def test_a_pack_that_vanishes_meanwhile_makes_no_point(tmp_path: Path) -> None:
     )
 
 
+def test_a_damaged_manifest_or_pack_costs_room_and_never_the_next_backup(tmp_path: Path) -> None:
+    root = fill(tmp_path / "tree")
+    engine = Engine()
+    run(engine, lambda: Tree(root))
+    for prefix in ("points/", "packs/"):
+        for info in list(engine.store.list(prefix)):
+            engine.store.put(info.key, engine.store.get(info.key)[:-30], overwrite=True)
+        done = run(engine, lambda: Tree(root))
+        assert done.status is RunStatus.WARNED
+        point = engine.repository.find(done.point)
+        assert describe(engine.restore(point, tmp_path / prefix.strip("/"))) == describe(root)
+
+
 def test_a_backup_that_is_told_to_stop_makes_no_point(tmp_path: Path) -> None:
     engine = Engine()
 

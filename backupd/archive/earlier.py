@@ -27,19 +27,23 @@ _READERS = 4
 
 
 class Earlier:
-    """Everything reusable of one source. `skipped` names packs whose directory could not be read: not used."""
+    """Everything reusable of one source. `skipped` tells what was there and could not be read: not used."""
 
     def __init__(self, repository: Repository, source: str) -> None:
         self._repository = repository
         self._source = source
-        self.latest: Manifest | None = repository.latest(source)
+        self.skipped: list[str] = []
+        self.latest: Manifest | None = self._latest_readable()
         self._objects: dict[str, ObjectInfo] = dict(repository.packs(source))
         named = {pack.name: pack for pack in self.latest.packs} if self.latest else {}
         # A page whose packs are not all there is not taken over: its content will be stored again.
-        self._refs: dict[str, PackRef] = {name: ref for name, ref in named.items() if name in self._objects}
+        self._refs: dict[str, PackRef] = {
+            name: ref
+            for name, ref in named.items()
+            if name in self._objects and self._objects[name].size == ref.size
+        }
         self._orphans = self._find_orphans()
         self._directories: dict[str, Directory] = {}
-        self.skipped: list[str] = []
         pages = self.latest.pages if self.latest else ()
         self._pages = {page.stat: page for page in pages if page.stat}
         self._row: tuple[PageRef, ...] = pages if self.latest and self.latest.ordered else ()
@@ -98,6 +102,15 @@ class Earlier:
         return known
 
     # --- inside ------------------------------------------------------------------------------------------
+
+    def _latest_readable(self) -> Manifest | None:
+        """A damaged manifest costs what it knew, never the next backup."""
+        for key in reversed(self._repository.point_keys(self._source)):
+            try:
+                return self._repository.manifest_at(key)
+            except Damaged as error:
+                self.skipped.append(f"{error.message}: what it holds is stored again")
+        return None
 
     def _present(self, name: str) -> bool:
         return name in self._objects and (name in self._refs or self._load(name) is not None)
