@@ -205,8 +205,8 @@ def linked(services: Services, docker_client: docker.DockerClient) -> str:
 @pytest.mark.parametrize(
     "exclude",
     [
-        ("*.tmp", "keep.txt"), ("a/",), ("/a",), ("./a/",), ("a/**",), ("**/a/*.t*",), ("cache/",), ("/cache/",),
-        ("/cache/x",), ("**/cache",), ("e/**/1.log",), ("[ab]",), ("logs/**",), ("e/logs/**",), ("**",), ("d/c?che",),
+        ("*.tmp", "keep.txt"), ("a/", "e/logs/**"), ("./a/", "logs/**"), ("/a", "d/c?che"), ("a/**", "/cache/x"),
+        ("**/a/*.t*", "cache/"), ("/cache/", "e/**/1.log"), ("**/cache", "[ab]"), ("**",),
     ],
 )  # fmt: skip
 def test_excludes_mean_the_same_behind_a_helper(
