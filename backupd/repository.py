@@ -155,11 +155,6 @@ class Repository:
         found = [self.manifest_at(info.key) for info in self._point_objects(source)]
         return sorted(found, key=lambda manifest: (manifest.point.instant, manifest.point.id))
 
-    def latest(self, source: str) -> Manifest | None:
-        """The manifest that was started last, or None. Reads one object."""
-        key = max((info.key for info in self._point_objects(source)), default=None)
-        return None if key is None else self.manifest_at(key)
-
     def find(self, point_id: str) -> RecoveryPoint:
         """By id or unique prefix of it. Raises NoRecoveryPoint, UsageError when several match."""
         keys = [

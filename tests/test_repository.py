@@ -143,6 +143,3 @@ def test_points_are_sorted_by_their_instant_and_not_by_their_id(tmp_path: Path) 
         written.append(engine.write(tmp_path / "tree"))
         engine.now += timedelta(hours=1)
     assert [p.id for p in engine.repository.points()] == [p.id for p in written]
-    latest = engine.repository.latest("tree")
-    assert latest is not None
-    assert latest.point.id == written[-1].id
