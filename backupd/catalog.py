@@ -7,6 +7,7 @@ Several processes write to it at once (a command while `serve` runs).
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import logging
@@ -101,6 +102,7 @@ class Catalog:
                     self._alive_path(self._agent).unlink()
                 self._alive.close()
                 self._alive = None
+                atexit.unregister(self.close)
 
     # --- writing ---------------------------------------------------------------------------------------
 
@@ -303,6 +305,7 @@ class Catalog:
                     with suppress(FileNotFoundError):
                         if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                             self._alive = file
+                            atexit.register(self.close)  # leave no file behind
                             return
                     file.close()
                 except OSError as error:

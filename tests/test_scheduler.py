@@ -634,6 +634,15 @@ def test_an_overdue_source_is_a_problem_once_the_start_is_over(catalog: Catalog)
     assert "2026-05-04T02:00" in str(problem["message"]) and "2026-05-02T02:00" in str(problem["message"])
 
 
+def test_what_fails_just_after_the_start_counts_at_once(catalog: Catalog, start: Start) -> None:
+    def fail(_stop: threading.Event, _due: datetime | None) -> Run:
+        raise CaptureFailed("no")
+
+    scheduler = start(Job("backup", "orders", fail, DAILY), starting=timedelta(minutes=2))
+    until(lambda: statuses(catalog) == ["failed"] and not scheduler._active)
+    assert (scheduler.health().status, scheduler.health().healthy) == ("failing", False)
+
+
 def test_a_source_that_is_just_being_caught_up_is_not_called_overdue_until_that_takes_too_long(
     catalog: Catalog, start: Start
 ) -> None:

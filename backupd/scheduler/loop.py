@@ -90,8 +90,8 @@ class _Lane:
 class Scheduler:
     """Runs jobs when they are due until stopped. Nothing that a job does ends it.
 
-    `parallel` backups at a time go to the repository; `starting` is how long after the start problems are
-    shown but do not count.
+    `parallel` backups at a time go to the repository; `starting` is how long after the start older
+    problems are shown but do not count: they are being caught up.
     """
 
     def __init__(
@@ -346,7 +346,13 @@ class Scheduler:
             problems.append(_problem("", "", "catalog", explain(error)))
         if self._stopping:
             return Health("stopping", False, alive, tuple(problems))
-        if alive and now - self._started < self._starting:
+        settling = alive and now - self._started < self._starting
+        # what failed since the start is news; what was late or had failed before is being seen to
+        if (
+            problems
+            and settling
+            and all(str(p["since"] or "~") < self._started.isoformat() for p in problems)
+        ):
             return Health("starting", True, alive, tuple(problems))
         return Health("failing" if problems else "ok", not problems, alive, tuple(problems))
 
