@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 
 from backupd.sandbox.engine import ContainerInfo
 
-IMAGES = (
-    (re.compile(r"(^|[/-])(postgres|postgresql|postgis|pgvector|timescaledb)([-_:@]|$)"), "postgres"),
-    (re.compile(r"(^|/)(redis|valkey|redis-stack-server|redis-stack)([-_:@]|$)"), "redis"),
-    (re.compile(r"(^|/)chroma(db)?([:@]|$)"), "chroma"),
-)
-"""Image names, without the registry's own host, that tell which driver."""
+IMAGES = {
+    "postgres": "postgres", "postgresql": "postgres", "postgresql-repmgr": "postgres", "postgis": "postgres",
+    "pgvector": "postgres", "timescaledb": "postgres", "timescaledb-ha": "postgres",
+    "redis": "redis", "redis-stack": "redis", "redis-stack-server": "redis", "valkey": "redis",
+    "chroma": "chroma", "chromadb": "chroma",
+}  # fmt: skip
+"""The last part of an image's name -> its driver. Whole names: `postgres-exporter` is no server."""
 
 _OURS = ("backupd.sandbox", "backupd.helper")
 _ANONYMOUS = re.compile(r"[0-9a-f]{64}")
+_LONGEST = 56  # of the 64 that a name may have; the rest tells doubles apart
 _COMPOSE = "com.docker.compose."
 
 
@@ -66,16 +68,18 @@ def driver_of(container: ContainerInfo) -> str | None:
     """The driver that its label names, else the one its image suggests."""
     if named := container.labels.get("backupd.driver"):
         return named
-    # a registry's host may hold any of the names: only what follows it counts
-    host, slash, rest = container.image.partition("/")
-    image = rest if slash and ("." in host or ":" in host or host == "localhost") else container.image
-    return next((driver for pattern, driver in IMAGES if pattern.search(image)), None)
+    return IMAGES.get(_base(container.image))
+
+
+def _base(image: str) -> str:
+    """`ghcr.io:443/x/postgres:16@sha256:...` is `postgres`."""
+    return image.rpartition("/")[2].partition("@")[0].partition(":")[0]
 
 
 def _is_wanted(c: ContainerInfo) -> bool:
     if c.labels.get("backupd.enable", "true").lower() in {"false", "0", "no"}:
         return False
-    if any(label in c.labels for label in _OURS) or re.search(r"(^|/)backupd([:@]|$)", c.image):
+    if any(label in c.labels for label in _OURS) or _base(c.image) == "backupd":
         return False
     return c.status == "running"
 
@@ -98,16 +102,17 @@ def _stack_of(c: ContainerInfo) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:64]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
 
 
 def _unique(found: Sequence[Found]) -> list[Found]:
     taken: set[str] = set()
     named = []
     for f in found:
-        name, number = f.name or f.driver, 2
+        base = (f.name or f.driver)[:_LONGEST]
+        name, number = base, 2
         while name.lower() in taken:
-            name, number = f"{f.name}-{number}", number + 1
+            name, number = f"{base}-{number}", number + 1
         taken.add(name.lower())
         named.append(Found(name, f.driver, f.settings, f.why, f.stack))
     return named
@@ -147,7 +152,8 @@ def starter(found: Sequence[Found], location: str) -> str:
     if not found:
         parts.append(_NOTHING)
     for f in found:
-        lines = [f"[sources.{_key(f.name)}]        # {f.why}", f"driver = {_toml(f.driver)}"]
+        why = "".join(c if c.isprintable() else "?" for c in f.why)
+        lines = [f"[sources.{_key(f.name)}]        # {why}", f"driver = {_toml(f.driver)}"]
         lines += [f"{key} = {_toml(value)}" for key, value in f.settings.items()]
         if f.driver == "redis":
             lines.append('# password_file = "/run/secrets/redis_password"')
@@ -158,17 +164,26 @@ def starter(found: Sequence[Found], location: str) -> str:
 
 
 def _stacks(found: Sequence[Found]) -> dict[str, list[str]]:
-    stacks: dict[str, list[str]] = {}
+    members: dict[str, list[str]] = {}
     for f in found:
         if f.stack:
-            stacks.setdefault(f.stack, []).append(f.name)
-    names = {f.name.lower() for f in found}
-    return {s if s.lower() not in names else f"{s}-stack": m for s, m in stacks.items() if len(m) > 1}
+            members.setdefault(f.stack[:_LONGEST], []).append(f.name)
+    taken = {f.name.lower() for f in found}
+    stacks = {}
+    for stack, names in members.items():
+        if len(names) > 1:
+            name, number = stack, 1
+            while name.lower() in taken:
+                name, number = f"{stack}-stack{number if number > 1 else ''}", number + 1
+            taken.add(name.lower())
+            stacks[name] = names
+    return stacks
 
 
 def _toml(value: object) -> str:
-    """A string or a list of them: JSON's escapes are TOML's too; `$` is doubled, it begins a reference."""
-    return json.dumps(value).replace("$", "$$")
+    """A string or a list of them: JSON's escapes are TOML's too, save that it has none for DEL and pairs for
+    what lies beyond 16 bits. `$` is doubled: it begins a reference."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F").replace("$", "$$")
 
 
 def _key(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
@@ -173,7 +174,7 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
     repository = config.repository
     location = repository.location.removeprefix("file://")
     if not repository.is_s3:
-        location = str(base / Path(location).expanduser())
+        location = str(base / _home(location))
     serve = config.serve
     state = config.state or (Path(env["BACKUPD_STATE"]) if env.get("BACKUPD_STATE") else None)
     return config.model_copy(
@@ -214,7 +215,11 @@ def _policy_in(policy: Policy, zone: str) -> Policy:
 
 
 def _absolute(path: Path | None, base: Path) -> Path | None:
-    return None if path is None else base / path.expanduser()
+    return None if path is None else base / _home(str(path))
+
+
+def _home(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111  Path's own raises where there is no such user
 
 
 def _unless_never(schedule: str | None) -> str | None:
