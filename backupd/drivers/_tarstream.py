@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 _BLOCK = 512
 _CHUNK = 1 << 20
@@ -36,9 +37,16 @@ class IteratorFile(io.RawIOBase):
         return size
 
 
-def open_tar(chunks: Iterable[bytes]) -> tarfile.TarFile:
-    """A tar that is read once, from front to back."""
-    return tarfile.open(fileobj=io.BufferedReader(IteratorFile(chunks), _CHUNK), mode="r|")
+@contextlib.contextmanager
+def open_tar(chunks: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
+    """A tar that is read once, from front to back. `chunks` is closed at the end: an engine that is still
+    sending when nobody reads holds on to its container."""
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(IteratorFile(chunks), _CHUNK), mode="r|") as tar:
+            yield tar
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
 
 
 def first_file(chunks: Iterable[bytes]) -> Iterator[bytes]:

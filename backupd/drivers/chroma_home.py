@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from backupd.drivers import _tarstream
@@ -40,7 +40,7 @@ def _there(container: Container, path: str) -> bool:
     except ContainerError:
         return False
     finally:
-        if isinstance(chunks, Iterator) and hasattr(chunks, "close"):
+        if isinstance(chunks, Generator):
             chunks.close()
 
 

@@ -125,8 +125,7 @@ class RedisDriver:
                 _note(capture, summary, before)
                 whole.append(summary)
 
-            passing: Generator[bytes, None, None] = checked(_reading(chunks), check, done)
-            with closing(passing):
+            with closing(_reading(chunks)) as reading, closing(checked(reading, check, done)) as passing:
                 capture.content = Streams([Stream(MEMBER, passing)])
                 yield capture
             if not whole:
@@ -341,7 +340,7 @@ def _from_container(container: Container, path: str) -> Iterator[bytes]:
         ) from error
 
 
-def _reading(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _reading(chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
     """Errors of the server, of a file and of the engine in the middle of a dump end the capture."""
     try:
         yield from chunks
