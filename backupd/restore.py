@@ -369,6 +369,7 @@ def _raise(failures: Mapping[str, BaseException]) -> None:
         assert isinstance(error, BackupdError)  # noqa: S101  seen above
         if not error.message.startswith(f"{source}:"):
             error.message = f"{source}: {error.message}"
+            error.args = (error.message,)
         raise error
     if first:
         hints = {e.hint for e in first.values() if isinstance(e, BackupdError) and e.hint}

@@ -176,8 +176,12 @@ class DockerSandbox:
     def destroy(self) -> None:
         """Containers, volumes and network: all that carries this sandbox's label, and nothing else.
 
+        Nothing at all where this object neither made the sandbox nor found it: a `create` that was refused
+        because the name is taken must not cost another restore its data.
         Does what it can, then raises ContainerError naming what would not go.
         """
+        if not self._claimed:
+            return
         api = self._engine.api
         left: list[str] = []
         with asking(f"list what belongs to the sandbox {self._name}"):
