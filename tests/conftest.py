@@ -104,7 +104,8 @@ def agent_image(docker_client: docker.DockerClient) -> str:
     with (Path(tempfile.gettempdir()) / "backupd-image.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one build serves the parallel workers
         try:
-            docker_client.images.build(path=str(ROOT), tag=tag, rm=True, forcerm=True)
+            # a step that installs says nothing for a while
+            docker.from_env(timeout=900).images.build(path=str(ROOT), tag=tag, rm=True, forcerm=True)
         except docker.errors.BuildError as error:
             lines = [line.get("stream", "") for line in error.build_log if isinstance(line, dict)]
             pytest.fail(f"{error}\n{''.join(map(str, lines))[-3000:]}", pytrace=False)
