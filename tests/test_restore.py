@@ -401,7 +401,7 @@ def test_a_stack_comes_back_from_the_command_line(
         assert container.exec_run(["redis-cli", "get", "greeting"]).output == b"hello\n"
         assert name in home.ok("sandbox").out
         assert "already" in home.refused("restore", "shop", "--at", instant, "--name", name, code=1).message
-        assert docker_client.containers.get(container.id).status == "running", (
+        assert docker_client.containers.get(str(container.id)).status == "running", (
             "another's sandbox was destroyed"
         )
     finally:
