@@ -144,6 +144,12 @@ class FaultProxy:
         with self._lock:
             return sum(seen.fault is fault for seen in self.seen)
 
+    def clear(self) -> None:
+        """Break nothing any more, and forget what came by."""
+        with self._lock:
+            self._rules.clear()
+            self.seen.clear()
+
     def __enter__(self) -> FaultProxy:
         threading.Thread(target=self._accept, name="fault proxy", daemon=True).start()
         return self

@@ -204,7 +204,7 @@ class S3Store:
         check_key(key)
         self._check_conditions()
         patience = max(1.0, ttl / 6)  # a renewal that hangs must leave time for the next
-        client = self._connect(attempts=2, connect_timeout=min(5.0, patience), read_timeout=patience)
+        client = self._connect(attempts=4, connect_timeout=min(5.0, patience), read_timeout=patience)
         register = _Register(self, client, key)
         with holding(HeartbeatLease(register, key, ttl=ttl)) as lease:
             yield lease
@@ -327,6 +327,7 @@ class S3Store:
         name = f"{OWN}probe-{secrets.token_hex(8)}"
         one, many = self._at(name), self._at(f"{name}-race")
         with self._explained(f"cannot take a lease in {self.location}") as client:
+            self._check_bucket(client)
             try:
                 # Twice: an answer that was lost on the way looks like a refusal.
                 kept = any(_keeps_conditions(client, one, many) for _ in range(2))
