@@ -6,11 +6,23 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import docker
 import pytest
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files that PostgreSQL's own user may pass through, as /tmp is."""
+    with tempfile.TemporaryDirectory(prefix="backupd-test-") as folder:
+        Path(folder).chmod(0o711)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
 
 SERVICES = ("orders", "sessions", "vectors", "uploads")
 
@@ -31,16 +43,9 @@ def _left(client: docker.DockerClient, tmp: Path) -> list[str]:
 
 @pytest.mark.parametrize("options", [(), ("--embedded",)], ids=["containers", "embedded"])
 def test_the_demo_brings_every_service_back_to_the_instant_and_leaves_nothing(
-    options: tuple[str, ...],
-    docker_client: docker.DockerClient,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], docker_client: docker.DockerClient, place: Path
 ) -> None:
     """Each service is compared with pictures taken before; a second state in between must not shine through."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    tmp_path.chmod(0o755)
-    monkeypatch.setenv("TMPDIR", str(place))
     ended = _tell(*options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for service in SERVICES:
@@ -50,11 +55,8 @@ def test_the_demo_brings_every_service_back_to_the_instant_and_leaves_nothing(
     assert _left(docker_client, place) == []
 
 
-def test_an_interrupted_demo_leaves_nothing(
-    docker_client: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_demo_leaves_nothing(docker_client: docker.DockerClient, place: Path) -> None:
     """SIGTERM in the middle: an error code, and no container, volume or file."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     demo = subprocess.Popen(
         [sys.executable, "-m", "backupd", "demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -66,7 +68,7 @@ def test_an_interrupted_demo_leaves_nothing(
     demo.send_signal(signal.SIGTERM)
     said = demo.stdout.read()
     assert demo.wait(60) == 130, said
-    assert _left(docker_client, tmp_path) == []
+    assert _left(docker_client, place) == []
 
 
 def test_a_service_that_came_back_wrong_fails_the_demo() -> None:
