@@ -28,7 +28,7 @@ def string(data: bytes) -> bytes:
 
 def dump(databases: dict[int, dict[bytes, bytes]], *, expiring: int = 0, checksum: bool = True) -> bytes:
     """An RDB with string keys, the first `expiring` of each database with a time to live."""
-    out = b"REDIS0010" + b"\xfa" + string(b"redis-ver") + string(b"7.0.15")
+    out = bytearray(b"REDIS0010" + b"\xfa" + string(b"redis-ver") + string(b"7.0.15"))
     out += b"\xfa" + string(b"ctime") + b"\xc2" + struct.pack("<i", 1_700_000_000)
     for number, keys in databases.items():
         out += b"\xfe" + length(number) + b"\xfb" + length(len(keys)) + length(min(expiring, len(keys)))
@@ -37,7 +37,7 @@ def dump(databases: dict[int, dict[bytes, bytes]], *, expiring: int = 0, checksu
                 out += b"\xfc" + struct.pack("<Q", 1_900_000_000_000)
             out += b"\x00" + string(key) + string(value)
     out += b"\xff"
-    return out + (struct.pack("<Q", crc64(out)) if checksum else bytes(8))
+    return bytes(out) + (struct.pack("<Q", crc64(out)) if checksum else bytes(8))
 
 
 def fed(data: bytes, *sizes: int) -> rdb.RdbSummary:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import secrets
 import socket
+import subprocess
 import tarfile
 import threading
 import time
@@ -347,6 +348,34 @@ def test_addresses_are_read_from_urls() -> None:
             RedisAddress.of_url(wrong)
 
 
+def test_facts_can_be_left_out(start_redis: StartService) -> None:
+    """Then nothing is counted; the dump is checked all the same."""
+    source = start_redis()
+    client(source).set("k", "v")
+    point = captured.take(RedisDriver(RedisSettings(address(source), facts=False))).point
+    assert point.facts == {} and point.size > 0
+
+
+def test_over_tls(services: bed.Services, tmp_path: Path) -> None:
+    """`rediss://`: the server's certificate is checked, against the authority that is given."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", "req", *made, *subject, "-days", "1"], check=True, capture_output=True)
+    key.chmod(0o644)
+    tmp_path.chmod(0o755)
+    tls = ["--port", "0", "--tls-port", "6379", "--tls-auth-clients", "no", "--repl-diskless-sync-delay", "0"]
+    tls += ["--tls-cert-file", "/tls/cert.pem", "--tls-key-file", "/tls/key.pem"]
+    command = ["redis-server", *tls]
+    source = services.container(bed.REDIS_IMAGE, command, port=6379, volumes={str(tmp_path): "/tls"})
+    url = f"rediss://{source.host}:{source.port}"
+    mine = RedisDriver(RedisSettings(RedisAddress.of_url(f"{url}?ssl_ca_certs={certificate}")))
+    bed.wait_until(lambda: not mine.check(), timeout=20, what="Redis over TLS")
+    assert captured.take(mine).point.facts == {"persistent_keys": {}, "functions": 0}
+    with pytest.raises(CaptureFailed, match="certificate"):
+        captured.take(RedisDriver(RedisSettings(RedisAddress.of_url(url))))
+
+
 # --- restore -------------------------------------------------------------------------------------------
 
 
@@ -376,7 +405,9 @@ def test_a_restore_survives_two_restarts_with_a_replica_attached(
         assert restored.config_get("appendonly")["appendonly"] == appendonly
         restored.config_set("repl-diskless-sync-delay", 0)
         if replica is None:
-            replica = start_redis("--replicaof", "cache", "6379", network=sandbox.network)
+            replica = start_redis(
+                "--repl-timeout", "3", "--replicaof", "cache", "6379", network=sandbox.network
+            )
         link = client(replica)
         bed.wait_until(
             lambda link=link: link.info("replication")["master_link_status"] == "up",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from backupd.model import Container
 
 LIMIT = 60.0
 """Seconds after which a pause ends by itself, and what was copied during it is worth nothing."""
+_TRIES = 5
 
 
 def default_notes() -> Path:
@@ -48,7 +50,7 @@ def paused(container: Container, notes: Path, *, limit: float = LIMIT) -> Iterat
     timer = threading.Timer(limit, end_early)
     timer.daemon = True
     try:
-        container.pause()
+        _pause(container)
     except BaseException:
         note.unlink(missing_ok=True)  # somebody else's pause is not ours to end
         raise
@@ -65,6 +67,18 @@ def paused(container: Container, notes: Path, *, limit: float = LIMIT) -> Iterat
             f"{container.name} was paused for {limit:.0f} s and the copy was not done",
             hint="put staging on a faster disk, or take quiesce = 'lock'",
         )
+
+
+def _pause(container: Container) -> None:
+    """A busy kernel sometimes does not freeze every process in time; then the engine has let all of them go."""
+    for left in reversed(range(_TRIES)):
+        try:
+            container.pause()
+            return
+        except ContainerError as error:
+            if not left or "already paused" in error.message:
+                raise
+        time.sleep(0.2)
 
 
 def release(container: Container, notes: Path) -> bool:

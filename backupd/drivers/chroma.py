@@ -141,8 +141,7 @@ class ChromaDriver:
         container = self._container() if self._container else None
         with _staging(self._settings.staging) as place:
             try:
-                taken, directory = self._copy(container, place)
-                found, odd = measure(place, still=True) if self._settings.facts else ({}, [])
+                taken, directory, found = self._measured_copy(container, place)
             except TornIndex as error:
                 raise CaptureFailed(f"the copy is torn: {error}", hint="back up again") from error
             except ContainerError as error:
@@ -153,7 +152,7 @@ class ChromaDriver:
                     hint="is there room where it is made (staging)?",
                 ) from error
             capture = Capture(Tree(place, paged=("*.sqlite3", "*.bin")), taken.instant)
-            capture.warnings += [*taken.warnings, *odd, *_lost(since, found)]
+            capture.warnings += [*taken.warnings, *_lost(since, found)]
             if self._settings.facts:
                 capture.facts.update(collections=found, served=AS_CAPTURED)
             capture.attributes.update(
@@ -163,6 +162,21 @@ class ChromaDriver:
                 blocked_seconds=round(taken.blocked, 3),
             )
             yield capture
+
+    def _measured_copy(self, container: Container | None, place: Path) -> tuple[_Taken, str, dict[str, Json]]:
+        """A copy whose parts agree; or twice disagree in the same way, so that it is the source's own fault."""
+        before: list[str] | None = None
+        for _ in range(_TRIES):
+            _empty(place)
+            taken, directory = self._copy(container, place)
+            if not self._settings.facts:
+                return taken, directory, {}
+            found, odd = measure(place, still=True)
+            if not odd or odd == before:
+                taken.warnings += odd
+                return taken, directory, found
+            before = odd
+        raise TornIndex("; ".join(before or ()))
 
     def _copy(self, container: Container | None, place: Path) -> tuple[_Taken, str]:
         """Fill `place`. How it went, and where the directory is in the container."""

@@ -80,11 +80,13 @@ class RdbCheck:
 
     def __init__(self, *, count: bool = True, expected: Iterable[int] = ()) -> None:
         """`expected` databases are looked for however many keys stand before them; others only as long as
-        COUNT_AT_MOST keys allow."""
+        COUNT_AT_MOST keys allow. Without `count`, only what stands before the first key is read."""
         self.summary = RdbSummary()
         self._crc = 0
         self._tail = b""  # the last 9 bytes: end marker and footer, if the dump ended here
-        self._counter = _Counter(self.summary, set(expected)) if count else None
+        self._counter: _Counter | None = _Counter(
+            self.summary, set(expected) if count else set(), COUNT_AT_MOST if count else 0
+        )
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the dump. Raises CaptureFailed where it does not begin as one."""
@@ -210,8 +212,9 @@ class _Counter:
     """Steps over keys and values and notes the sizes of the databases. Never raises: what it does not know
     (a module's old format, a type newer than this) ends the counting, not the backup."""
 
-    def __init__(self, summary: RdbSummary, expected: set[int]) -> None:
+    def __init__(self, summary: RdbSummary, expected: set[int], most: int) -> None:
         self._summary = summary
+        self._most = most
         self._expected = expected
         self._data = b""
         self._at = 0
@@ -285,7 +288,7 @@ class _Counter:
             code = self._byte()
             if code in _VALUES:
                 self._keys += 1
-                if self._keys > COUNT_AT_MOST and self._expected <= summary.databases.keys():
+                if self._keys > self._most and self._expected <= summary.databases.keys():
                     return False
                 self._steps = list(reversed(("str", *_VALUES[code])))
             elif code in _PREFIXES:

@@ -64,6 +64,7 @@ class RedisSettings:
     path: Path | None = None
     username: str = ""
     password: str = field(default="", repr=False)
+    facts: bool = True
 
 
 def from_config(source: RedisSource, engine: Engine) -> RedisDriver:
@@ -77,6 +78,7 @@ def from_config(source: RedisSource, engine: Engine) -> RedisDriver:
         source.path,
         username or (address.username if address else ""),
         password or (address.password if address else ""),
+        source.facts,
     )
     name = source.container
     return RedisDriver(settings, container=(lambda: engine.container(name)) if name else None)
@@ -110,7 +112,7 @@ class RedisDriver:
         with _failing_as(CaptureFailed), self._connect() as server:
             container = self._container() if self._container else None
             expected = _databases(server)
-            check = RdbCheck(expected=expected)
+            check = RdbCheck(count=self._settings.facts, expected=expected)
             before, chunks = self._dump(server, container)
             capture = Capture(content=Streams(()), instant=before)
             capture.attributes.update(_describe(server, container))
@@ -122,7 +124,7 @@ class RedisDriver:
             whole: list[RdbSummary] = []
 
             def done(summary: RdbSummary) -> None:
-                _note(capture, summary, before)
+                _note(capture, summary, before, facts=self._settings.facts)
                 whole.append(summary)
 
             with closing(_reading(chunks)) as reading, closing(checked(reading, check, done)) as passing:
@@ -210,6 +212,8 @@ class RedisDriver:
 
     def facts(self, container: Container) -> Facts:
         """What the server in a restored container holds, once it has loaded. Raises RestoreFailed."""
+        if not self._settings.facts:
+            return {}
         with _failing_as(RestoreFailed), reach(container, self._credentials(), timeout=3600) as server:
             counts = {
                 name.removeprefix("db"): Counts.of_info(line)
@@ -393,7 +397,7 @@ def _functions(server: Connection) -> int:
     return len(libraries) if isinstance(libraries, list) else 0
 
 
-def _note(capture: Capture, summary: RdbSummary, before: datetime) -> None:
+def _note(capture: Capture, summary: RdbSummary, before: datetime, *, facts: bool) -> None:
     """What the dump says of itself. Raises CaptureFailed where it is not the one that was made."""
     created = summary.created
     if created is not None and created.timestamp() < math.floor(before.timestamp()):
@@ -406,7 +410,7 @@ def _note(capture: Capture, summary: RdbSummary, before: datetime) -> None:
     if not summary.checksum:
         capture.warnings.append("the dump has no checksum (rdbchecksum no): damage in it would go unseen")
     capture.attributes["rdb_version"] = summary.version
-    if summary.databases or summary.complete:
+    if facts and (summary.databases or summary.complete):
         lasting = {str(n): d.keys - d.expiring for n, d in summary.databases.items()}
         capture.facts.update(_facts(lasting, summary.functions))
         capture.attributes["expiring_keys"] = {
