@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import click
 
 from backupd.cli.options import Session, command
 from backupd.cli.output import note, print_json, print_table
-from backupd.errors import UsageError
+from backupd.errors import ContainerError, UsageError
 
 
 @command("sandbox", short_help="List the sandboxes of earlier restores, or remove one.")
@@ -28,8 +30,11 @@ def sandbox_command(session: Session, action: str, name: str | None) -> int:
         DockerSandbox.find(engine, name).destroy()
         note(session, f"removed the sandbox {name}")
         return 0
-    found = {n: DockerSandbox.find(engine, n).containers() for n in DockerSandbox.names(engine)}
-    rows = [(n, source, c.name, c.status) for n, made in found.items() for source, c in sorted(made.items())]
+    rows: list[tuple[str, str, str, str]] = []
+    for sandbox in DockerSandbox.names(engine):
+        with suppress(ContainerError):  # removed by somebody since it was listed
+            made = sorted(DockerSandbox.find(engine, sandbox).containers().items())
+            rows += [(sandbox, source, container.name, container.status) for source, container in made]
     if session.json:
         print_json(
             [dict(zip(("sandbox", "source", "container", "status"), row, strict=True)) for row in rows]
