@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import services as bed
+from engine_proxy import engine_proxy
+
+from backupd.demo import vectors
 
 COMPOSE = Path(__file__).parent.parent / "deploy" / "compose"
 
@@ -127,3 +133,60 @@ def test_the_servers_of_the_stack_let_nobody_in_without_the_secret(stack: Stack)
     assert "NOAUTH" in stack.compose("exec", "-T", "redis", "redis-cli", "get", "kept")
     secret = (stack.folder / "secrets" / "redis_password").read_text().strip()
     assert secret not in stack.compose("top", "redis")
+
+
+PROXIED = """
+state = "./state"
+[repository]
+location = "./repository"
+[sources.orders]
+driver = "postgres"
+container = "{postgres}"
+[sources.sessions]
+driver = "redis"
+container = "{redis}"
+[sources.vectors]
+driver = "chroma"
+container = "{chroma}"
+[sources.uploads]
+driver = "volume"
+volume = "{volume}"
+read_through = "helper"
+helper_image = "{helper}"
+"""
+
+
+def test_the_socket_proxy_lets_through_what_is_needed_and_nothing_else(
+    services: bed.Services, tmp_path: Path
+) -> None:
+    """Backup and restore through a proxy on TCP: each switch that is on is needed, and no other is."""
+    postgres, redis, chroma = services.postgres(), services.redis(), services.chroma()
+    postgres.exec("psql", "-U", "postgres", "-d", "app", "-c", "create table kept as select 1 as i")
+    redis.exec("redis-cli", "set", "kept", "yes")
+    vectors.fill((chroma.host, chroma.port))
+    volume = services.volume()
+    write = services.container(
+        bed.REDIS_IMAGE, ["sh", "-c", "echo kept >/data/kept"], volumes={volume: "/data"}
+    )
+    write.container.wait(timeout=30)
+    names = {"postgres": postgres.name, "redis": redis.name, "chroma": chroma.name}
+    (tmp_path / "backupd.toml").write_text(PROXIED.format(volume=volume, helper=bed.REDIS_IMAGE, **names))
+    sandbox = f"test-{secrets.token_hex(4)}"
+    with engine_proxy() as proxy:
+        env = {**os.environ, "DOCKER_HOST": f"tcp://127.0.0.1:{proxy.port}"}
+
+        def backupd(*arguments: str) -> None:
+            argv = [sys.executable, "-m", "backupd", *arguments]
+            ended = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+
+        backupd("init")
+        backupd("check")
+        backupd("backup")
+        try:
+            backupd("restore", "--at", "latest", "--name", sandbox)
+        finally:
+            backupd("sandbox", "remove", sandbox)
+        needed = proxy.switches
+    switches = re.findall(r"^ +([A-Z]+): 1$", (COMPOSE / "socket-proxy.yaml").read_text(), re.MULTILINE)
+    assert needed == set(switches)
