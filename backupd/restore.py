@@ -367,7 +367,7 @@ def _raise(failures: Mapping[str, BaseException]) -> None:
     if len(first) == 1:
         ((source, error),) = first.items()
         assert isinstance(error, BackupdError)  # noqa: S101  seen above
-        if not error.message.startswith(f"{source}:"):
+        if not error.message.startswith((f"{source}:", f"{source} ")):
             error.message = f"{source}: {error.message}"
             error.args = (error.message,)
         raise error

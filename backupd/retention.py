@@ -35,19 +35,23 @@ class Policy:
     monthly: int = 0
     yearly: int = 0
     within: timedelta = timedelta(0)
-    timezone: str = "UTC"
-    """Where a day, a week, a month begins."""
+    timezone: str = ""
+    """Where a day, a week, a month begins; UTC where it is empty."""
 
     __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid"}
     """Read by `config`, so that a misspelt rule is a mistake and never a rule that is silently off."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a count below -1 or a negative span."""
+        """Raises ValueError for a count below -1, a negative span, a zone that is none."""
         for rule in RULES:
             if getattr(self, rule) < ALL:
                 raise ValueError(f"{rule} must be 0 or more, or -1 for no limit")
         if self.within < timedelta(0):
             raise ValueError("within must not be negative")
+        try:
+            ZoneInfo(self.timezone or "UTC")
+        except (KeyError, ValueError, OSError):
+            raise ValueError(f"{self.timezone!r} is not a time zone") from None
 
     def __bool__(self) -> bool:
         """True when there is at least one rule."""
@@ -116,7 +120,7 @@ def _decide_source(points: list[RecoveryPoint], policy: Policy, now: datetime) -
 
 
 def _apply(newest_first: list[RecoveryPoint], policy: Policy, reasons: dict[str, list[str]]) -> None:
-    zone = ZoneInfo(policy.timezone)
+    zone = ZoneInfo(policy.timezone or "UTC")
     for rule, bucket in _BUCKETS.items():
         left, before = getattr(policy, rule), None
         for position, p in enumerate(newest_first):

@@ -125,22 +125,15 @@ def test_one_that_fails_keeps_none_of_the_others_from_being_done(home: Home) -> 
 
 
 def test_a_run_with_warnings_ends_with_3(home: Home) -> None:
-    """A named pipe of another agent, a socket: what was left out is named."""
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as server:
-        here = Path.cwd()
-        os.chdir(home.path / "data")  # the path of a socket may have no more than 108 bytes
-        try:
-            server.bind("s")
-        finally:
-            os.chdir(here)
-        ended = home.run("backup", "data")
-    codes = {0: "ok", 3: "warned"}
-    assert ended.code in codes
-    status = {p["source"]: p for p in home.run("status", "--json").json}["data"]["last"]["status"]
-    assert status == codes[ended.code]
-    assert ("warning:" in ended.out) == (ended.code == 3)
+    """Another file system is mounted inside the tree: the rest is whole, and what was left out is named."""
+    root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    script = 'mount -t tmpfs tmpfs data/deep/er && exec "$@"'
+    ended = home.run("backup", before=["unshare", "--mount", *root, "sh", "-c", script, "sh"])
+    assert ended.code == 3, ended.err
+    assert "  warning: " in ended.out
+    assert "deep" in ended.out
+    assert [p["last"]["status"] for p in home.ok("status", "--json").json] == ["warned", "ok"]
+    assert home.ok("list", "data", "--json").json[-1]["warnings"]
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 3, 10, 11, 12, 20, 21, 22, 23, 130])))
@@ -208,6 +201,23 @@ def test_a_backup_is_made_even_where_no_history_can_be_kept(home: Home) -> None:
     blocked = Home(home.path, {"BACKUPD_STATE": "/dev/null/state"})
     ended = blocked.ok("backup", "data")
     assert "data: point" in ended.out
+
+
+def test_a_command_that_was_killed_does_not_look_as_if_it_ran_on(home: Home) -> None:
+    """Its record says RUNNING; the next command sees that nobody is there any more."""
+    with (home.path / "data" / "endless").open("wb") as file:
+        file.truncate(40 << 30)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backupd", "backup", "data"], cwd=home.path, env=home.environment(),
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "capturing" in process.stderr.readline()
+    process.kill()
+    process.communicate()
+    (home.path / "data" / "endless").unlink()
+    last = {p["source"]: p["last"] for p in home.run("status", "--json").json}["data"]
+    assert last["status"] == "abandoned"
 
 
 def test_check_tells_every_problem_at_once_each_with_its_fix(home: Home) -> None:

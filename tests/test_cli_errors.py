@@ -235,6 +235,11 @@ def test_a_bucket_that_is_not_there_is_told(home: Home, s3_server: bed.S3Server)
     for command in ("init", "backup"):
         ended = home.refused(command, code=1)
         assert "no bucket no-such-bucket" in ended.message
+    (home.path / "backupd.toml").unlink()
+    made = Home(home.path, {"AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_ACCESS_KEY_ID": s3_server.access_key,
+                            "AWS_SECRET_ACCESS_KEY": s3_server.secret_key})  # fmt: skip
+    made.refused("init", "s3://no-such-bucket/p", code=1)
+    assert not (home.path / "backupd.toml").exists(), "a location that cannot be was left behind in a file"
     names = [b["Name"] for b in s3_server.client().list_buckets()["Buckets"]]
     assert "no-such-bucket" not in names
 

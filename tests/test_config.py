@@ -73,9 +73,9 @@ def test_a_source_takes_what_it_does_not_say_from_the_defaults() -> None:
     a, b, c = config.sources.values()
     assert (a.name, a.schedule, a.timezone) == ("a", "0 2 * * *", "Europe/Berlin")
     assert a.retention == Policy(last=3, within=timedelta(days=30), timezone="Europe/Berlin")
-    assert (b.schedule, b.timezone, b.retention) == ("0 0 * * SUN", "UTC", Policy(yearly=-1))
+    assert (b.schedule, b.timezone, b.retention) == ("0 0 * * SUN", "UTC", Policy(yearly=-1, timezone="UTC"))
     assert c.schedule is None
-    assert config.policies["b"] == Policy(yearly=-1)
+    assert config.policies["b"].yearly == -1
 
 
 def test_relative_paths_count_from_the_file_and_not_from_where_one_stands() -> None:
@@ -220,6 +220,7 @@ def test_five_mistakes_are_all_told_each_with_its_key_and_its_fix() -> None:
         ('origin = "x"', "origin", "unknown key"),
         ('sources = 5', "sources", "dictionary"),
         ('[defaults]\nretention = { last = -2 }', "defaults.retention", "last must be"),
+        ('[defaults]\nretention = { last = 1, timezone = "Mars" }', "defaults.retention", "not a time zone"),
         ('[defaults]\nretention = { last = "many" }', "defaults.retention.last", "integer"),
         ('[sources.a]\ndriver = "volume"\npath_file = "/nonexistent/x"', "sources.a.path_file", "cannot be read"),
         ('[sources.a]\ndriver = "volume"\npath = "/a"\npath_file = "/x"', "sources.a.path_file", "both given"),
@@ -352,6 +353,12 @@ def test_a_duration_shown_can_be_read_again(seconds: int) -> None:
     """To its two largest units."""
     shown = parse_duration(format_duration(timedelta(seconds=seconds)))
     assert shown <= timedelta(seconds=seconds) < shown * 1.05 + timedelta(seconds=1)
+
+
+def test_a_short_duration_is_shown_to_the_tenth() -> None:
+    """Skew of a second and a half must not look like one."""
+    shown = [format_duration(timedelta(seconds=s)) for s in (0, 0.02, 1, 1.25, 9.97, 12.6, 3600, -90)]
+    assert shown == ["0s", "20ms", "1s", "1.2s", "10s", "13s", "1h", "-1m 30s"]
 
 
 @given(st.text(max_size=70))

@@ -133,6 +133,15 @@ class Agent:
                     self._repository = self.create_repository()
             return self._repository
 
+    def ensure_repository(self) -> bool:
+        """Make the repository unless there is one; whether it was made."""
+        try:
+            self.repository()
+        except RepositoryMissing:
+            self._repository = self.create_repository()
+            return True
+        return False
+
     def create_repository(self) -> Repository:
         """A new repository at the configured location. Raises UsageError where there is one."""
         from backupd.repository import Repository
@@ -244,6 +253,17 @@ class Agent:
         known = list(dict.fromkeys([*self.config.sources, *(p.source for p in points)]))
         return plan_restore(points, at, expand(names or known, self.config, known), max_skew=max_skew)
 
+    def expected(self, plan: RestorePlan) -> timedelta | None:
+        """How long a restore of the plan will take, by the last good one of the same sources here, longer as
+        there is more to load; None where there is none to go by."""
+        try:
+            last = self.catalog.last_ok("restore", _sources_of(plan))
+        except BackupdError:
+            return None
+        if last is None or last.finished is None:
+            return None
+        return (last.finished - last.started) * max(1.0, plan.size / max(1, last.size))
+
     def restore(
         self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False
     ) -> RestoreReport:
@@ -262,7 +282,7 @@ class Agent:
             return Run("", "restore", "", status, report.started, report.finished, size=plan.size,
                        message=f"to {report.target}" if not told else "; ".join(told))  # fmt: skip
 
-        self._recorder()("restore", ",".join(step.source for step in plan.steps), work)
+        self._recorder()("restore", _sources_of(plan), work)
         return reports[0]
 
     def _restore(
@@ -328,6 +348,7 @@ class Agent:
 
         try:
             catalog = self.catalog
+            catalog.abandon_stale(self.clock())  # of commands that were killed
         except BackupdError as error:
             logging.getLogger(__name__).warning("the history is not kept: %s", error)
             return lambda _job, _source, work: work()
@@ -337,6 +358,7 @@ class Agent:
         """How well each configured source is protected, as of now."""
         from backupd.agent.status import protections
 
+        self.catalog.abandon_stale(self.clock())
         return protections(self.config, self.repository().points(), self.catalog, self.clock())
 
     def open(self, point: str) -> Archive:
@@ -379,6 +401,10 @@ class Agent:
         from backupd.verify import verify
 
         return verify(self.repository(), sources=sources, data_percent=data_percent, progress=progress)
+
+
+def _sources_of(plan: RestorePlan) -> str:
+    return ",".join(sorted(step.source for step in plan.steps))
 
 
 def _finding(where: str, probe: Callable[[], Sequence[Problem]]) -> Finding:

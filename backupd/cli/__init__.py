@@ -114,7 +114,8 @@ def run(argv: list[str] | None = None) -> int:
     """Run a command line; the exit code. Never raises, unless BACKUPD_DEBUG=1 asks for the traceback."""
     from backupd.cli.failure import explain
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _Interrupt())
     session = Session()
     try:
         code = root.main(args=argv, prog_name="backupd", obj=session, standalone_mode=False)
@@ -127,6 +128,15 @@ def run(argv: list[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """SIGTERM is Ctrl-C from an orchestrator."""
-    raise KeyboardInterrupt
+class _Interrupt:
+    """Ctrl-C, and SIGTERM, which is Ctrl-C from an orchestrator: the first ends the work in good order, the
+    second ends the process. What is stored is safe either way: without a manifest there is no point."""
+
+    def __init__(self) -> None:
+        self._again = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._again:
+            os._exit(130)
+        self._again = True
+        raise KeyboardInterrupt

@@ -39,7 +39,10 @@ def _tell(outcome: Outcome, *, quiet: bool) -> None:
         said = outcome.error.message
         sys.stdout.flush()
         say(
-            said if said.startswith(f"{outcome.source}:") else f"{outcome.source}: {said}", outcome.error.hint
+            said
+            if said.startswith((f"{outcome.source}:", f"{outcome.source} "))
+            else f"{outcome.source}: {said}",
+            outcome.error.hint,
         )
         return
     run = outcome.run

@@ -73,6 +73,9 @@ def _print_plan(plan: RestorePlan, session: Session) -> None:
         apart = format_duration(plan.spread)
         note(session, f"{size(plan.size)} in all; the sources land {apart} apart, the first at "
              f"{format_instant(plan.effective)}")  # fmt: skip
+    expected = session.agent.expected(plan)
+    if expected is not None:
+        note(session, f"expected to take {format_duration(expected)}, as the last one did")
     for step in plan.steps:
         for warning in step.point.warnings:
             note(session, f"{step.source}: captured with a warning: {warning}")
@@ -102,7 +105,7 @@ def plan_command(
     nothing."""
     made = _plan(session, names, at, max_skew, point)
     if session.json:
-        print_json(_plan_json(made))
+        print_json({**_plan_json(made), "expected_seconds": session.agent.expected(made)})
     return 0
 
 

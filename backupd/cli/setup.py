@@ -11,7 +11,8 @@ import click
 from backupd.cli.failure import conclude
 from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, printable
-from backupd.errors import BackupdError, ContainerError, RepositoryMissing, UsageError
+from backupd.config import parse
+from backupd.errors import BackupdError, ContainerError, UsageError
 
 
 @command("init", short_help="Write a starter backupd.toml and make the repository.")
@@ -23,26 +24,21 @@ def init_command(session: Session, location: str) -> int:
     is, and so is a repository: nothing is ever overwritten.
     """
     path = session.config_path or Path(os.environ.get("BACKUPD_CONFIG") or "backupd.toml")
-    location = location or session.location or "./backups"
-    wrote = not path.exists()
-    if wrote:
-        _write(path, _starter(session, location))
-        note(session, f"wrote {path}: read it, correct it, then `backupd check`")
+    text = "" if path.exists() else _starter(session, location or session.location or "./backups")
+    if text:
+        session.config = parse(text, origin=str(path), base=path.absolute().parent, env=os.environ)
     else:
-        note(session, f"{path} is there already and was not touched")
-    session.config_path = path
-    agent = session.agent
-    made = True
-    try:
-        agent.repository()
-        made = False
-    except RepositoryMissing:
-        agent.create_repository()
-    where = agent.config.repository.location
+        session.config_path = path
+        note(session, f"{path} is there already and is used as it is")
+    made = session.agent.ensure_repository()
+    where = session.config.repository.location
     note(session, f"{'made the repository' if made else 'there is a repository already'} at {where}")
+    if text:  # last: a location that cannot be is not left behind in a file
+        _write(path, text)
+        note(session, f"wrote {path}: read it, correct it, then `backupd check`")
     if session.json:
-        print_json({"config": path, "wrote": wrote, "repository": where, "made": made,
-                    "sources": list(agent.config.sources)})  # fmt: skip
+        print_json({"config": path, "wrote": bool(text), "repository": where, "made": made,
+                    "sources": list(session.config.sources)})  # fmt: skip
     return 0
 
 

@@ -17,7 +17,6 @@ from backupd.config.mistakes import ConfigInvalid, Mistake, cross_check, dotted,
 from backupd.config.models import Config, DefaultsConfig, SourceConfig
 from backupd.config.values import closest
 from backupd.errors import UsageError
-from backupd.retention import Policy
 
 NAMES = ("backupd.toml", "/etc/backupd/backupd.toml")
 """Where a configuration is looked for when none is named."""
@@ -197,8 +196,8 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
 def _settle_source(source: SourceConfig, defaults: DefaultsConfig, base: Path) -> SourceConfig:
     zone = source.timezone or defaults.timezone
     policy = source.retention if source.retention is not None else defaults.retention
-    if policy.timezone == "UTC":
-        policy = _policy_in(policy, zone)
+    if not policy.timezone:
+        policy = replace(policy, timezone=zone)
     paths = {k: _absolute(getattr(source, k), base) for k in ("path", "staging") if hasattr(source, k)}
     return source.model_copy(
         update={
@@ -208,10 +207,6 @@ def _settle_source(source: SourceConfig, defaults: DefaultsConfig, base: Path) -
             **paths,
         }
     )
-
-
-def _policy_in(policy: Policy, zone: str) -> Policy:
-    return replace(policy, timezone=zone)
 
 
 def _absolute(path: Path | None, base: Path) -> Path | None:

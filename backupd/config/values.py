@@ -58,15 +58,18 @@ def parse_duration(text: str) -> timedelta:
 
 
 def format_duration(span: timedelta) -> str:
-    """The two largest units: `1d 4h`, `3m 20s`, `850ms`."""
+    """The two largest units: `1d 4h`, `3m 20s`, `2.5s`, `850ms`."""
     seconds = span.total_seconds()
-    if abs(seconds) < 1:
-        return f"{seconds * 1000:.0f}ms" if seconds else "0s"
-    sign, left, words = ("-" if seconds < 0 else ""), round(abs(seconds)), []
+    sign, left = ("-" if seconds < 0 else ""), abs(seconds)
+    if left < 1:
+        return f"{sign}{left * 1000:.0f}ms" if left else "0s"
+    if left < 9.95 and left % 1:
+        return f"{sign}{left:.1f}s"
+    whole, words = round(left), []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        if left >= size:
-            words.append(f"{left // size}{unit}")
-            left %= size
+        if whole >= size:
+            words.append(f"{whole // size}{unit}")
+            whole %= size
     return sign + " ".join(words[:2])
 
 
