@@ -103,7 +103,7 @@ def test_a_disk_that_turned_read_only_is_told(small_disk: Path) -> None:
     assert store.get("a") == DATA
     for call in (lambda: store.put("b", b"1"), lambda: store.delete("a")):
         with pytest.raises(StoreError, match="read-only") as caught:
-            call()
+            call()  # type: ignore[no-untyped-call]
         assert "writable" in caught.value.hint
 
 

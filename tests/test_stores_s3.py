@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import botocore.auth
 import pytest
@@ -101,7 +102,7 @@ def test_a_clock_that_is_wrong_is_told(store: S3Store, monkeypatch: pytest.Monke
     """An hour off: the server refuses, and the hint is about this machine's clock."""
     import datetime
 
-    now = botocore.auth.get_current_datetime
+    now = botocore.auth.get_current_datetime  # type: ignore[attr-defined]
     monkeypatch.setattr(
         botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) + datetime.timedelta(hours=1)
     )
@@ -160,7 +161,7 @@ def test_every_answer_of_a_server_becomes_one_line(
     code: str, status: int, happened: str, transient: bool
 ) -> None:
     """Known codes with a hint, numbers where HEAD gives no code, unknown ones as they are."""
-    answer = {
+    answer: Any = {
         "Error": {"Code": code, "Message": "I am\na teapot"},
         "ResponseMetadata": {"HTTPStatusCode": status},
     }

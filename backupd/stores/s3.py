@@ -30,6 +30,7 @@ from backupd.stores.names import OWN, check_key, check_prefix, check_range, is_k
 from backupd.stores.s3_errors import Place, code_of, explain, status_of
 
 if TYPE_CHECKING:
+    from boto3.session import Session
     from mypy_boto3_s3.client import S3Client
 
 LARGEST = 5 << 30  # S3's limit for a single PUT
@@ -98,6 +99,7 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._lock = threading.RLock()
+        self._session: Session | None = None
         self._made: S3Client | None = None
         self._abilities: Abilities | None = None
         self._conditions_kept = False
@@ -237,12 +239,17 @@ class S3Store:
 
         options = self._options
         path_style = bool(options.endpoint_url) if options.path_style is None else options.path_style
-        session = boto3.session.Session(
-            aws_access_key_id=options.access_key_id or None,
-            aws_secret_access_key=options.secret_access_key or None,
-            aws_session_token=options.session_token or None,
-            region_name=options.region or None,
-        )
+        with self._lock:
+            if (
+                self._session is None
+            ):  # kept: its second client takes half the time, its description being read
+                self._session = boto3.session.Session(
+                    aws_access_key_id=options.access_key_id or None,
+                    aws_secret_access_key=options.secret_access_key or None,
+                    aws_session_token=options.session_token or None,
+                    region_name=options.region or None,
+                )
+            session = self._session
         return session.client(
             "s3",
             endpoint_url=options.endpoint_url or None,

@@ -59,7 +59,7 @@ def make_place(kind: str, request: pytest.FixtureRequest) -> Place:
     server: bed.S3Server = request.getfixturevalue("s3_server")
     bucket = request.getfixturevalue("bucket")
     prefix = f"{request.node.name[:40].replace('[', '-').rstrip(']')}/{os.urandom(4).hex()}"
-    reach = {
+    reach: dict[str, Any] = {
         "endpoint_url": server.endpoint,
         "access_key_id": server.access_key,
         "secret_access_key": server.secret_key,
@@ -330,7 +330,7 @@ def test_a_bad_name_is_refused_everywhere(key: str, tmp_path: Path) -> None:
             lambda store=store: store.lease(key).__enter__(),
         ):
             with pytest.raises(StoreError, match=r"cannot be the name"):
-                call()
+                call()  # type: ignore[no-untyped-call]
     assert [path.name for path in tmp_path.rglob("*")] == ["root"]
 
 
