@@ -16,6 +16,7 @@ from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import LARGE, feed_large
 from backupd.archive.page import CONTENT, CTIME, SIZE, Pieces, Row, sort_key
 from backupd.archive.patterns import compile_patterns
+from backupd.archive.pipeline import FRAME_SIZE
 from backupd.archive.scan import INODE, Block, Scan, StatTuple, open_below, stat_tuple
 from backupd.archive.write import ArchiveWriter, Written
 from backupd.errors import CaptureFailed
@@ -24,6 +25,7 @@ from backupd.model import Tree
 _NO_ATIME = os.O_NOATIME if os.geteuid() == 0 else 0  # only the owner may; root may always
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO swapped in must not hold us
 _TRIES = 3
+_ZEROS = bytes(tar.BLOCK)
 _LINKS_COLUMN = 7
 # A file written in the same tick of the clock after we read it would look unchanged (ticks are up to 10 ms).
 _RACY_NS = 20_000_000
@@ -223,29 +225,58 @@ class TreeReader:
         try:
             if entry[1] > LARGE:
                 return self._read_large(fd, full, name, entry)
-            for attempt in range(_TRIES):
-                last = attempt == _TRIES - 1
-                size, after, xattrs, start = self._read_small(fd, full, entry)
-                if after == entry and size == entry[1]:
-                    break
-                if not stat.S_ISREG(after[0]):
-                    raise CaptureFailed("was replaced while it was read")
-                if last or after[1] > LARGE:
-                    if after[1] > LARGE:
-                        return self._read_large(fd, full, name, after)
-                    self._writer.warn(f"{full}: changed while it was read")
-                    entry = after
-                    break
-                os.lseek(fd, 0, os.SEEK_SET)
-                entry = after
-            pieces = self._take_small(full, size, entry, xattrs, start)
-            row: Row = [name, *entry, pieces]
-            row[SIZE] = size
-            if xattrs:
-                row.append({"xattrs": encode_xattrs(xattrs)})
-            return row
+            return self._read_calm(fd, full, name, entry) or self._read_restless(fd, full, name, entry)
         finally:
             os.close(fd)
+
+    def _read_calm(self, fd: int, full: str, name: str, entry: StatTuple) -> Row | None:
+        """A file that stays as it was listed: one read into the slab. None where it did not; nothing is claimed."""
+        size = entry[1]
+        xattrs = read_xattrs(fd)
+        header = self._header(full, size, entry, xattrs) if self._plain else b""
+        pipeline = self._writer.pipeline
+        slab = pipeline.room(len(header) + size + 1 + tar.BLOCK)
+        view = slab.view
+        start = slab.length + len(header)
+        end = start + size
+        # One byte more than promised shows a file that grows.
+        if os.readv(fd, [view[start : end + 1]]) != size or stat_tuple(os.fstat(fd)) != entry:
+            return None
+        pieces: Pieces = []
+        if size:
+            slab.blobs.append((start, size, pieces))
+        if header:
+            view[slab.length : start] = header
+            if rest := -size & 511:
+                view[end : end + rest] = _ZEROS[:rest]
+                end += rest
+        slab.length = end
+        if end >= FRAME_SIZE:
+            pipeline.submit()
+        if xattrs:
+            return [name, *entry, pieces, {"xattrs": encode_xattrs(xattrs)}]
+        return [name, *entry, pieces]
+
+    def _read_restless(self, fd: int, full: str, name: str, entry: StatTuple) -> Row:
+        """A file that changes under our eyes: tried a few times, then taken as it is, and told."""
+        for attempt in range(_TRIES):
+            os.lseek(fd, 0, os.SEEK_SET)
+            size, after, xattrs, start = self._read_small(fd, full, entry)
+            if after == entry and size == entry[1]:
+                break
+            if not stat.S_ISREG(after[0]):
+                raise CaptureFailed("was replaced while it was read")
+            if after[1] > LARGE:
+                return self._read_large(fd, full, name, after)
+            entry = after
+            if attempt == _TRIES - 1:
+                self._writer.warn(f"{full}: changed while it was read")
+        pieces = self._take_small(full, size, entry, xattrs, start)
+        row: Row = [name, *entry, pieces]
+        row[SIZE] = size
+        if xattrs:
+            row.append({"xattrs": encode_xattrs(xattrs)})
+        return row
 
     def _read_small(
         self, fd: int, full: str, entry: StatTuple
