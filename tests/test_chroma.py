@@ -20,6 +20,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,10 @@ def distance(space: str, a: list[float], b: list[float]) -> float:
     return 1 - (dot / (math.hypot(*a) * math.hypot(*b)) if space == "cosine" else dot)
 
 
+def nearness(space: str, model: dict[str, list[float]], query: str, key: str) -> float:
+    return distance(space, model[query], model[key])
+
+
 def everything(at: tuple[str, int], path: str) -> dict[str, tuple[list[float], str, dict[str, Any]]]:
     """Every record with its embedding, page by page."""
     found, offset = {}, 0
@@ -170,14 +175,13 @@ def must_be_a_state_of(writer: Writer, at: tuple[str, int], space: str, low: int
     found = everything(at, writer.path)
     fitting = [n for n in range(low, high + 1) if writer.after(n).keys() == found.keys()]
     assert fitting, f"{len(found)} records are no state between {low} and {high} operations"
-    best = None
-    for count in fitting:
-        model = writer.after(count)
-        wrong = [k for k, (v, _, _) in found.items() if distance("l2", v, model[k]) > 1e-6 * writer.dim]
-        if best is None or len(wrong) < len(best[1]):
-            best = (model, wrong)
-    assert best is not None and not best[1], f"{len(best[1])} of {len(found)} embeddings are wrong"
-    model = best[0]
+    wrong = {
+        count: [k for k, (v, _, _) in found.items() if distance("l2", v, state[k]) > 1e-6 * writer.dim]
+        for count, state in ((n, writer.after(n)) for n in fitting)
+    }
+    best = min(wrong, key=lambda count: len(wrong[count]))
+    assert not wrong[best], f"{len(wrong[best])} of {len(found)} embeddings are wrong"
+    model = writer.after(best)
     assert call(at, "GET", f"{writer.path}/count") == len(model)
     for key, (_, document, metadata) in found.items():
         n = int(key[3:])
@@ -187,7 +191,7 @@ def must_be_a_state_of(writer: Writer, at: tuple[str, int], space: str, low: int
     for query in random.Random(3).sample(sorted(model), min(12, len(model))):
         body = {"query_embeddings": [model[query]], "n_results": 5, "include": ["distances"]}
         answer = call(at, "POST", f"{writer.path}/query", body)["ids"][0]
-        true = sorted(model, key=lambda k, q=query: distance(space, model[q], model[k]))[:5]
+        true = sorted(model, key=partial(nearness, space, model, query))[:5]
         hits += len(set(answer) & set(true))
         asked += len(true)
     assert hits >= 0.9 * asked, f"{hits} of {asked} nearest neighbours"
@@ -353,9 +357,10 @@ def test_a_database_with_a_write_ahead_log(services: bed.Services, engine: Engin
         for _ in range(10):
             writer.step()
         assert (root / "chroma.sqlite3-wal").stat().st_size
-        facts = captured.take(driver(source, engine, tmp_path, quiesce=quiesce)).point.facts["collections"]
-        (only,) = facts.values()  # type: ignore[union-attr]
-        assert only["count"] == len(writer.after(10))  # type: ignore[index,call-overload]
+        taken = captured.take(driver(source, engine, tmp_path, quiesce=quiesce))
+        told: Any = taken.point.facts["collections"]
+        (only,) = told.values()
+        assert only["count"] == len(writer.after(10))
 
 
 def test_several_tenants_databases_and_empty_collections(
@@ -371,10 +376,8 @@ def test_several_tenants_databases_and_empty_collections(
     writer.step()
     mine = driver(source, engine, tmp_path)
     taken = captured.take(mine)
-    assert list(taken.point.facts["collections"]) == [
-        "default_tenant/default_database/docs",
-        "other/base/empty",
-    ]  # type: ignore[arg-type]
+    told: Any = taken.point.facts["collections"]
+    assert list(told) == ["default_tenant/default_database/docs", "other/base/empty"]
     spec = mine.home(taken.point)
     home = sandbox.create("vectors", spec)
     mine.load(taken, home)
@@ -469,7 +472,7 @@ def test_a_full_staging_directory_fails_the_capture(
 ) -> None:
     """Told before anything is locked or copied."""
     source = services.chroma(volume=services.volume())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1))
     with pytest.raises(CaptureFailed, match="needs") as failure:
         captured.take(driver(source, engine, tmp_path))
     assert "staging" in failure.value.hint
@@ -627,8 +630,9 @@ def test_the_lock_survives_another_reader_in_the_agent(
     for _ in range(4):
         low = writer.acknowledged
         taken = captured.take(mine)
-        (facts,) = taken.point.facts["collections"].values()  # type: ignore[union-attr]
-        assert facts["count"] in {len(writer.after(n)) for n in range(low, len(writer.ops) + 1)}  # type: ignore[index,call-overload]
+        told: Any = taken.point.facts["collections"]
+        (facts,) = told.values()
+        assert facts["count"] in {len(writer.after(n)) for n in range(low, len(writer.ops) + 1)}
     stop.set()
     reader.join()
     writer.stop.set()

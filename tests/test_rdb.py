@@ -37,7 +37,7 @@ def dump(databases: dict[int, dict[bytes, bytes]], *, expiring: int = 0, checksu
                 out += b"\xfc" + struct.pack("<Q", 1_900_000_000_000)
             out += b"\x00" + string(key) + string(value)
     out += b"\xff"
-    return bytes(out) + (struct.pack("<Q", crc64(out)) if checksum else bytes(8))
+    return bytes(out) + (struct.pack("<Q", crc64(bytes(out))) if checksum else bytes(8))
 
 
 def fed(data: bytes, *sizes: int) -> rdb.RdbSummary:
