@@ -32,6 +32,7 @@ def serve(agent: Agent) -> int:
             f"{agent.config.origin} schedules no backup",
             hint='set schedule = "0 2 * * *" in [defaults], or the variable BACKUP_SCHEDULE',
         )
+    _release_left_paused(agent)
     agent.catalog.learn(_known_points(agent))
     agent.patience = PATIENCE
     settings = agent.config.serve
@@ -94,6 +95,17 @@ def _verify(agent: Agent) -> Run:
             hint="`backupd verify` names everything; copy what is damaged from another copy",
         )
     return Run("", "verify", "", RunStatus.OK, started, agent.clock(), size=report.bytes_read)
+
+
+def _release_left_paused(agent: Agent) -> None:
+    """First of all, let go on what an agent that was killed left standing still."""
+    from backupd.drivers.chroma import release_left_paused
+
+    try:
+        for name in release_left_paused(agent.engine):
+            log.warning("%s was left paused by an agent that was killed; it goes on now", name)
+    except BackupdError as error:
+        log.error("a container may be left paused: %s", error)
 
 
 def _known_points(agent: Agent) -> list[RecoveryPoint]:

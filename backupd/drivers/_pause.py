@@ -7,6 +7,7 @@ pause and removed after it, from which the next start of an agent lets go what a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,14 @@ def paused(container: Container, notes: Path, *, limit: float = LIMIT) -> Iterat
     note = notes / container.name
     try:
         notes.mkdir(parents=True, exist_ok=True)
-        note.write_text("backupd paused this container\n")
+        held = note.open("w")  # locked until the end: whose agent lives is not released by another's start
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.write("backupd paused this container\n")
+        held.flush()
+    except BlockingIOError:
+        raise CaptureFailed(
+            f"another backup has {container.name} paused", hint="wait until that one is done"
+        ) from None
     except OSError as error:
         raise CaptureFailed(
             f"cannot note in {notes} that {container.name} is paused: {error.strerror}",
@@ -49,19 +57,20 @@ def paused(container: Container, notes: Path, *, limit: float = LIMIT) -> Iterat
 
     timer = threading.Timer(limit, end_early)
     timer.daemon = True
-    try:
-        _pause(container)
-    except BaseException:
-        note.unlink(missing_ok=True)  # somebody else's pause is not ours to end
-        raise
-    try:
-        timer.start()
-        yield
-    finally:
-        timer.cancel()
-        if not expired.is_set():
-            container.unpause()
-        note.unlink(missing_ok=True)
+    with held:
+        try:
+            _pause(container)
+        except BaseException:
+            note.unlink(missing_ok=True)  # somebody else's pause is not ours to end
+            raise
+        try:
+            timer.start()
+            yield
+        finally:
+            timer.cancel()
+            if not expired.is_set():
+                container.unpause()
+            note.unlink(missing_ok=True)
     if expired.is_set():
         raise CaptureFailed(
             f"{container.name} was paused for {limit:.0f} s and the copy was not done",
@@ -82,23 +91,34 @@ def _pause(container: Container) -> None:
 
 
 def release(container: Container, notes: Path) -> bool:
-    """Unpause this one if a killed agent left it paused."""
+    """Unpause this one if a killed agent left it paused. The note stays while the engine cannot be asked."""
     note = notes / container.name
-    if not note.exists():
+    try:
+        with note.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                container.unpause()
+            except ContainerError as error:
+                if "not paused" not in error.message:
+                    raise
+            note.unlink(missing_ok=True)
+    except (FileNotFoundError, BlockingIOError):  # nothing was left; or an agent is at it at this moment
         return False
-    with contextlib.suppress(ContainerError):  # not paused any more
-        container.unpause()
-    note.unlink(missing_ok=True)
     return True
 
 
 def release_left(notes: Path, container: Callable[[str], Container]) -> list[str]:
-    """Unpause what a killed agent left paused; their names. A container that is gone is forgotten."""
+    """Unpause what a killed agent left paused; their names. A container that is gone is forgotten.
+
+    Raises ContainerError where the engine cannot be asked; what is left paused is then still known.
+    """
     released = []
     for note in sorted(notes.glob("*")) if notes.is_dir() else ():
         try:
             left = container(note.name)
-        except ContainerError:  # it is gone
+        except ContainerError as error:
+            if "no such container" not in error.message.lower():
+                raise
             note.unlink(missing_ok=True)
             continue
         if release(left, notes):
