@@ -240,7 +240,7 @@ def _bare(statement: str) -> str:
 
 _SECRET = re.compile(r"(PASSWORD\s+)E?'(?:[^']|'')*'?", re.IGNORECASE)
 _ERROR = re.compile(r"\b(ERROR|FATAL|PANIC|error|fatal):\s*(?P<what>.*)")
-_STATEMENT = re.compile(r"^(?:Command was|STATEMENT|.*STATEMENT):\s*(?P<what>.+)$", re.MULTILINE)
+_STATEMENT = re.compile(r"(?:^Command was|STATEMENT|Query was):\s*(?P<what>.+)$", re.MULTILINE)
 
 
 def first_error(stderr: str) -> str:
@@ -266,7 +266,8 @@ _HINTS = (
     ("No such file or directory", "is the server running in that container?"),
     ("timeout expired", "is the host right, and reachable from here?"),
     ("starting up", "the server is starting: try again in a moment"),
-    ("lock timeout", "something holds a table locked; look at pg_stat_activity, or back up at another hour"),
+    ("LOCK TABLE", "something holds the table locked: look at pg_stat_activity, or back up at another hour"),
+    ("lock timeout", "something holds a lock: look at pg_stat_activity, or back up at another hour"),
     (
         "permission denied",
         "GRANT pg_read_all_data TO the role, or name what it may read with databases = [..]",

@@ -102,7 +102,10 @@ class DockerContainer:
         api = self._engine.api
         mark = secrets.token_hex(16)
         deadline = None if timeout is None else time.monotonic() + timeout
-        with asking(f"run {argv[0]} in the container {self.name}"):
+        with asking(
+            f"run {argv[0]} in the container {self.name}",
+            hint=f"is it running? docker ps -af name={self.name}",
+        ):
             made = api.exec_create(
                 self.id,
                 list(argv),
