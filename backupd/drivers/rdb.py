@@ -1,9 +1,9 @@
 """Check a Redis dump (RDB) as it passes, and count what it holds. Pure: bytes in, a summary out.
 
-The format: `REDIS` and four digits of version, opcodes and values, the opcode 0xFF, and from version 5 on a
-CRC64 (Jones' polynomial) of all that stands before it, little-endian; all zeros where the server computes
-none (`rdbchecksum no`). Before the keys of each database stand their number and how many of them
-expire (RESIZEDB): exact, because the dump is made by a forked process.
+The format: `REDIS` and four digits of version, or `VALKEY` and three; opcodes and values; the opcode 0xFF; and
+from version 5 on a CRC64 (Jones' polynomial) of all that stands before it, little-endian; all zeros where the
+server computes none (`rdbchecksum no`). Before the keys of each database stand their number and how many of
+them expire (RESIZEDB): exact, because the dump is made by a forked process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from backupd.errors import CaptureFailed
 
-MAGIC = b"REDIS"
+MAGICS = (b"REDIS", b"VALKEY")
 _EOF = 0xFF
 _FOOTER = 8
 _DEFECT = "back up again; if it stays, look at the server's log, its disk and the link to it"
@@ -55,6 +55,11 @@ class RdbSummary:
         return datetime.fromtimestamp(int(seconds), UTC) if seconds.isdigit() else None
 
     @property
+    def valkey(self) -> bool:
+        """Of Valkey 9 or newer, which went its own way with types from then on."""
+        return self.version >= 80
+
+    @property
     def empty(self) -> bool:
         """It holds neither keys nor functions."""
         return self.complete and not self.functions and not any(d.keys for d in self.databases.values())
@@ -73,6 +78,11 @@ def _crc64() -> Callable[[bytes | memoryview, int], int]:
 def crc64(data: bytes | memoryview, value: int = 0) -> int:
     """CRC-64/Jones as Redis computes it; `crc64(b"123456789")` is 0xE9C6D914C4B8D9CA."""
     return _crc64()(data, value)
+
+
+def is_dump(head: bytes) -> bool:
+    """What begins so is an RDB, or wants to be one."""
+    return head.startswith(MAGICS)
 
 
 class RdbCheck:
@@ -106,10 +116,11 @@ class RdbCheck:
             self._counter = None
 
     def _check_head(self, head: bytes) -> None:
-        digits = head[5:9]
-        if not MAGIC.startswith(head[:5]):
+        magic = next((m for m in MAGICS if m.startswith(head[: len(m)])), None)
+        if magic is None:
             raise CaptureFailed(f"what the server sent is no RDB: it begins with {head[:9]!r}", hint=_DEFECT)
-        if len(digits) == 4:
+        digits = head[len(magic) : 9]
+        if len(head) >= 9:
             if not digits.isdigit():
                 raise CaptureFailed(f"the RDB has no version: {head[:9]!r}", hint=_DEFECT)
             self.summary.version = int(digits)
@@ -187,6 +198,7 @@ _VALUES: dict[int, tuple[Step, ...]] = {
     19: _stream(_STREAM_END_2, ("len", "len", "len"), 8),
     21: _stream(_STREAM_END_2, ("len", "len", "len"), 16),
 }
+_VALKEY: dict[int, tuple[Step, ...]] = {22: (("str", "str", 8),)}  # a hash whose fields expire
 _MODULE: dict[int, tuple[Step, ...]] = {1: ("len",), 2: ("len",), 3: (4,), 4: (8,), 5: ("str",)}
 _PREFIXES: dict[int, tuple[Step, ...]] = {
     0xFD: (4,),  # expires, seconds
@@ -286,11 +298,12 @@ class _Counter:
         summary = self._summary
         try:
             code = self._byte()
-            if code in _VALUES:
+            value = _VALUES.get(code) or (_VALKEY.get(code) if summary.valkey else None)
+            if value is not None:
                 self._keys += 1
                 if self._keys > self._most and self._expected <= summary.databases.keys():
                     return False
-                self._steps = list(reversed(("str", *_VALUES[code])))
+                self._steps = list(reversed(("str", *value)))
             elif code in _PREFIXES:
                 self._steps = list(reversed(_PREFIXES[code]))
             elif code == _SELECT:

@@ -124,7 +124,7 @@ class RedisDriver:
             whole: list[RdbSummary] = []
 
             def done(summary: RdbSummary) -> None:
-                _note(capture, summary, before, facts=self._settings.facts)
+                _note(capture, summary, before, expected if self._settings.facts else None)
                 whole.append(summary)
 
             with closing(_reading(chunks)) as reading, closing(checked(reading, check, done)) as passing:
@@ -397,7 +397,7 @@ def _functions(server: Connection) -> int:
     return len(libraries) if isinstance(libraries, list) else 0
 
 
-def _note(capture: Capture, summary: RdbSummary, before: datetime, *, facts: bool) -> None:
+def _note(capture: Capture, summary: RdbSummary, before: datetime, expected: Sequence[int] | None) -> None:
     """What the dump says of itself. Raises CaptureFailed where it is not the one that was made."""
     created = summary.created
     if created is not None and created.timestamp() < math.floor(before.timestamp()):
@@ -410,7 +410,7 @@ def _note(capture: Capture, summary: RdbSummary, before: datetime, *, facts: boo
     if not summary.checksum:
         capture.warnings.append("the dump has no checksum (rdbchecksum no): damage in it would go unseen")
     capture.attributes["rdb_version"] = summary.version
-    if facts and (summary.databases or summary.complete):
+    if expected is not None and (summary.complete or summary.databases.keys() >= set(expected)):
         lasting = {str(n): d.keys - d.expiring for n, d in summary.databases.items()}
         capture.facts.update(_facts(lasting, summary.functions))
         capture.attributes["expiring_keys"] = {

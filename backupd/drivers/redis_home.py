@@ -15,7 +15,7 @@ from functools import partial
 from tarfile import TarFile, TarInfo
 
 from backupd.drivers import _tarstream
-from backupd.drivers.rdb import MAGIC, RdbCheck
+from backupd.drivers.rdb import RdbCheck, is_dump
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import CaptureFailed, ContainerError, RestoreFailed
 from backupd.model import Container
@@ -94,7 +94,7 @@ def _used(tar: TarFile, entry: TarInfo) -> bool:
     if content is None:
         return False
     head = content.read(_CHUNK)
-    if not head.startswith(MAGIC):
+    if not is_dump(head):
         return bool(head) and ".aof" in entry.name and not entry.name.endswith(".manifest")
     check = RdbCheck()
     try:

@@ -248,8 +248,12 @@ class Connection:
         Raises RedisError where the server refuses, or the connection ends before the dump does. Use the
         connection for nothing else, and close it at the end: nothing of a replica stays.
         """
-        for option in (("capa", "eof"), ("rdb-only", "1")):
-            try:  # rdb-only (Redis 7): the server keeps no stream of changes for us
+        # rdb-only (Redis 7): the server keeps no stream of changes for us. version (Valkey 9): for a replica of
+        # unknown version it would write an older format, and fail half-way where the data need the newer one.
+        about = self.info("server")
+        version = about.get("valkey_version") or about.get("redis_version", "")
+        for option in (("capa", "eof"), ("rdb-only", "1"), ("version", version)):
+            try:
                 self.call("REPLCONF", *option)
             except RedisError as error:
                 if error.code != "ERR":
