@@ -248,6 +248,21 @@ def test_config_shows_what_is_understood(home: Home) -> None:
     assert home.ok("config", "schema").json["title"] == "backupd.toml"
 
 
+def test_a_plan_touches_nothing_and_leaves_nothing_out_in_silence(home: Home) -> None:
+    """Where each source lands, how much earlier, how much; and who has no point at all."""
+    points = home.ok("list", "--json").json
+    plan = home.ok("plan", "both", "--at", points[1]["instant"], "--json").json
+    assert [s["source"] for s in plan["steps"]] == ["data", "other"]
+    assert plan["steps"][0]["skew"] == 0 < plan["steps"][1]["skew"]
+    assert plan["size"] == sum(s["size"] for s in plan["steps"])
+    home.configure(CONFIG + '[sources.new]\ndriver = "volume"\npath = "x"\n')
+    assert "new is left out: it has no recovery point" in home.ok("plan", "--at", "latest").err
+    assert "new has no recovery point" in home.refused("plan", "new", "--at", "latest", code=21).message
+    assert "lands at" in home.refused("plan", "both", "--at", "latest", "--max-skew", "1ms", code=21).message
+    home.ok("restore", "data", "--at", "latest", "--to", "dir:out")
+    assert "expected to take" in home.ok("plan", "data", "--at", "latest").err
+
+
 # --- into a point ------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
-from backupd.errors import BackupdError, RepositoryMissing, UsageError
+from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, UsageError
 from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
 from backupd.plan import LATEST, RestorePlan, Step, plan_point, plan_restore
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from backupd.sandbox.docker import Engine
     from backupd.stores import S3Options
     from backupd.verify import VerifyReport
+
+
+FAULT = "run it again with BACKUPD_DEBUG=1 for the details, and report them: it is a fault of backupd"
 
 
 def utc_now() -> datetime:
@@ -250,8 +253,14 @@ class Agent:
                 )
             return plan_point(found)
         points = repository.points()
-        known = list(dict.fromkeys([*self.config.sources, *(p.source for p in points)]))
-        return plan_restore(points, at, expand(names or known, self.config, known), max_skew=max_skew)
+        with_points = list(dict.fromkeys(p.source for p in points))
+        known = list(dict.fromkeys([*self.config.sources, *with_points]))
+        wanted = expand(names, self.config, known) if names else with_points
+        if not wanted:
+            raise NoRecoveryPoint(
+                "the repository holds no recovery point", hint="`backupd backup` makes some"
+            )
+        return plan_restore(points, at, wanted, max_skew=max_skew)
 
     def expected(self, plan: RestorePlan) -> timedelta | None:
         """How long a restore of the plan will take, by the last good one of the same sources here, longer as
@@ -331,6 +340,9 @@ class Agent:
                 return Outcome(source, record("backup", source, work))
             except BackupdError as error:
                 return Outcome(source, error=error)
+            except Exception as error:  # a fault of one driver must not cost the others their backup
+                logging.getLogger(__name__).debug("%s", source, exc_info=error)
+                return Outcome(source, error=BackupdError(f"{type(error).__name__}: {error}", hint=FAULT))
 
         pool = ThreadPoolExecutor(min(self.config.serve.jobs, len(sources)), thread_name_prefix="backup")
         try:
@@ -359,7 +371,11 @@ class Agent:
         from backupd.agent.status import protections
 
         self.catalog.abandon_stale(self.clock())
-        return protections(self.config, self.repository().points(), self.catalog, self.clock())
+        repository = self.repository()
+        # A key begins with the time: one manifest of each source is read, not all that there are.
+        keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
+        newest = [repository.manifest_at(key).point for key in keys]
+        return protections(self.config, newest, self.catalog, self.clock())
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""

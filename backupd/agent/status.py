@@ -35,8 +35,8 @@ class Protection:
 def protections(
     config: Config, points: Iterable[RecoveryPoint], catalog: Catalog, now: datetime
 ) -> list[Protection]:
-    """One for each configured source; `points` sorted by instant."""
-    newest = {p.source: p for p in points}  # sorted by instant: the last one stays
+    """One for each configured source; `points` has the newest of each."""
+    newest = {p.source: p for p in points}
     found = []
     for name, source in config.sources.items():
         last = catalog.last("backup", name)

@@ -35,8 +35,15 @@ class Session:
 
     @cached_property
     def agent(self) -> Agent:
+        """Made once. What the parts have to say goes to standard error, without secrets."""
+        import logging
+
+        from backupd import log
         from backupd.agent import build
 
+        if not logging.getLogger().handlers:  # `serve` has set its own
+            debug = os.environ.get("BACKUPD_DEBUG") == "1"
+            log.configure("plain", level="DEBUG" if debug else "WARNING")
         return build(self.config, env=dict(os.environ))
 
 

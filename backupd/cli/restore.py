@@ -50,6 +50,9 @@ def _plan(
     made = session.agent.plan(names, instant, max_skew=_skew(max_skew), point=point)
     if not session.json:
         _print_plan(made, session)
+    for source in session.config.sources if not names and not point else ():
+        if source not in {step.source for step in made.steps}:
+            note(session, f"{source} is left out: it has no recovery point")
     return made
 
 
