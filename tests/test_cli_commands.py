@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import Home
+from commands import Home, InsideHome
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ BINARY = bytes(range(256)) * 5000
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources, two points of `data` and one of `other`; made once."""
-    home = Home(tmp_path_factory.mktemp("template"))
+    home = InsideHome(tmp_path_factory.mktemp("template"))
     for name in ("data", "other"):
         (home.path / name / "deep" / "er").mkdir(parents=True)
         (home.path / name / "a.txt").write_text(f"{name}\n")
@@ -56,7 +56,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(template: Path, tmp_path: Path) -> Home:
     """A copy to do as one likes with."""
     shutil.copytree(template, tmp_path / "home", symlinks=True)
-    return Home(tmp_path / "home")
+    return InsideHome(tmp_path / "home")
 
 
 # --- backup ------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_status_knows_what_the_repository_knows(home: Home) -> None:
 
 def test_a_backup_is_made_even_where_no_history_can_be_kept(home: Home) -> None:
     """A read-only root must not cost the backup."""
-    blocked = Home(home.path, {"BACKUPD_STATE": "/dev/null/state"})
+    blocked = InsideHome(home.path, {"BACKUPD_STATE": "/dev/null/state"})
     ended = blocked.ok("backup", "data")
     assert "data: point" in ended.out
 
@@ -384,7 +384,7 @@ def test_two_variables_and_two_mounts_just_work(tmp_path: Path) -> None:
         "BACKUPD_BACKUP_ROOT": str(tmp_path / "backup"), "BACKUPD_REPOSITORY": str(tmp_path / "backups"),
         "BACKUP_SCHEDULE": "0 2 * * 0", "RETENTION_DAYS": "7",
     }  # fmt: skip
-    home = Home(tmp_path, env)
+    home = InsideHome(tmp_path, env)
     home.ok("backup")
     assert [p["source"] for p in home.ok("list", "--json").json] == ["config", "uploads"]
     assert "keep" in home.ok("prune").out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import services as bed
-from commands import Home
+from commands import Home, InsideHome
 from conftest import StartService
 
 VOLUME = """
@@ -40,7 +40,7 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once: two processes a test add up."""
-    made = Home(tmp_path_factory.mktemp("template"))
+    made = InsideHome(tmp_path_factory.mktemp("template"))
     (made.path / "data").mkdir()
     (made.path / "data" / "a.txt").write_text("hello\n")
     made.configure(VOLUME)

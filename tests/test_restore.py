@@ -13,7 +13,7 @@ from pathlib import Path
 
 import docker
 import pytest
-from commands import Home
+from commands import Home, InsideHome
 from conftest import StartService
 from hypothesis import given
 from hypothesis import strategies as st
@@ -414,13 +414,13 @@ def test_a_stack_comes_back_from_the_command_line(
 
 def test_a_repository_alone_restores_on_a_machine_that_knows_nothing(tmp_path: Path) -> None:
     """No configuration, no history: the location is enough."""
-    home = Home(tmp_path)
+    home = InsideHome(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("hello")
     home.configure('[repository]\nlocation = "repo"\n[sources.files]\ndriver = "volume"\npath = "data"')
     home.ok("init")
     home.ok("backup")
-    elsewhere = Home(tmp_path / "elsewhere")
+    elsewhere = InsideHome(tmp_path / "elsewhere")
     elsewhere.path.mkdir()
     at_hand = ("--repository", str(tmp_path / "repo"))
     assert len(elsewhere.ok("list", "--json", *at_hand).json) == 1
