@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import services as bed
 
 from backupd.agent import build
+from backupd.agent.serving import jobs_of
 from backupd.catalog import Catalog
 from backupd.config import load
 from backupd.model import RecoveryPoint, Run, RunStatus, Silence
+from backupd.scheduler import Scheduler
 from backupd.stores.local import LocalStore
 from backupd.verify import verify
 
@@ -248,6 +252,18 @@ def test_killed_at_any_stage_nothing_half_done_counts_and_the_next_start_makes_i
         check_kill(setup, Setup(tmp_path / f"killed-{number}", setup.port), number)
 
 
+def start_here(setup: Setup) -> None:
+    agent = build(load(setup.config, {}))
+    agent.catalog.learn(agent.repository().points())
+    scheduler = Scheduler(jobs_of(agent), agent.catalog, clock=agent.clock)
+    scheduler.start()
+    while scheduler._active:
+        time.sleep(0.01)
+    assert scheduler.stop(grace=20)
+    assert not scheduler.health().problems
+    agent.catalog.close()
+
+
 def check_kill(setup: Setup, copy: Setup, number: int) -> None:
     shutil.copytree(setup.root, copy.root)
     with serve(copy, program=str(STAGES), env={"STAGES_KILL": str(number)}) as agent:
@@ -260,12 +276,15 @@ def check_kill(setup: Setup, copy: Setup, number: int) -> None:
     assert points[:1] == setup.points() and len(points) == 1 + finished, stages
     assert copy.verified() == [], stages
 
-    with serve(copy) as agent:
-        agent.until(lambda: agent.said("started: ") and copy.statuses()[-1] == "backup files ok")
-        assert get(copy.url + "/healthz")[0] == 200
-        assert agent.end() == 0
+    if stages[-1] in ("packs named", "points named"):
+        with serve(copy) as agent:
+            agent.until(lambda: agent.said("started: ") and copy.statuses()[-1] == "backup files ok")
+            assert get(copy.url + "/healthz")[0] == 200
+            assert agent.end() == 0
+        assert agent.said("was cut off") == begun
+    else:
+        start_here(copy)  # as `serve` does it, without the second that a new process takes
     assert ("backup files abandoned" in copy.statuses()) == begun, stages
-    assert agent.said("was cut off") == begun
     assert "backup files running" not in copy.statuses()
     points = copy.points()
     assert len(points) == 2 and points[-1].size == len(FIRST) + BIG, stages
@@ -401,3 +420,55 @@ def test_two_variables_and_a_mount_are_enough(tmp_path: Path) -> None:
         assert agent.end() == 0
     assert bare.statuses() == ["backup uploads ok"]
     assert len(list((tmp_path / "backups" / "points" / "uploads").iterdir())) == 1
+
+
+# --- what stands still -------------------------------------------------------------------------------------
+
+PAUSE = """
+    import os, signal, sys, time
+    from backupd.drivers._pause import default_notes, paused
+    from backupd.sandbox.engine import Engine
+    with paused(Engine().container(sys.argv[1]), default_notes()):
+        print("paused", flush=True)
+        if sys.argv[2] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.stdin.read()
+"""
+
+
+@contextmanager
+def pausing(container: str, env: Mapping[str, str], then: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PAUSE), container, then],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **env},
+    )
+    assert process.stdout is not None and process.stdin is not None
+    with process:
+        assert process.stdout.readline() == b"paused\n"
+        yield process
+        process.stdin.close()
+
+
+def test_a_container_left_paused_by_a_killed_agent_goes_on_at_the_next_start(
+    setup: Setup, services: bed.Services, tmp_path: Path
+) -> None:
+    """One that a living agent has paused at this moment stands still until that is done."""
+    setup.back_up("files", ago=timedelta())
+    left, held = services.redis(), services.redis()
+    env = {"XDG_STATE_HOME": str(tmp_path / "xdg")}
+
+    def status(service: bed.Service) -> str:
+        service.container.reload()
+        return str(service.container.status)
+
+    with pausing(left.name, env, "die") as process:
+        assert process.wait(timeout=20) == -signal.SIGKILL
+    assert status(left) == "paused"
+    with pausing(held.name, env, "wait"), serve(setup, env=env) as agent:
+        agent.until(lambda: agent.said("started: "))
+        assert (status(left), status(held)) == ("running", "paused")
+        assert agent.end() == 0
+    assert status(held) == "running"
+    assert agent.said("was left paused")
