@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import services as bed
 
-from backupd.errors import ObjectExists, ObjectMissing, RepositoryMissing, StoreError
+from backupd.errors import Locked, ObjectExists, ObjectMissing, RepositoryMissing, StoreError
 from backupd.stores import LocalStore, open_store
 
 
@@ -251,6 +251,19 @@ def test_a_disk_unmounted_while_we_work_is_noticed(tmp_path: Path, disk: Callabl
     assert keys(store) == ["packs/a", "packs/b"]
 
 
+def test_a_disk_unmounted_during_a_list_fails_it(tmp_path: Path, disk: Callable[[], None]) -> None:
+    """What was seen is not all there is: the list ends with an error, not early."""
+    root = tmp_path / "disk"
+    store = LocalStore(root)
+    for key in ("a/1", "b/1", "c/1"):
+        store.put(key, b"")
+    listing = store.list()
+    assert next(listing).key == "a/1"
+    subprocess.run(["umount", root], check=True)
+    with pytest.raises(StoreError, match="not the directory it was"):
+        list(listing)
+
+
 def test_a_link_that_leads_nowhere_fails_the_list(store: LocalStore, root: Path, tmp_path: Path) -> None:
     """packs/ on another disk that is not mounted: the list raises, it is not short."""
     other = tmp_path / "other-disk"
@@ -386,6 +399,21 @@ def test_where_locks_are_not_kept_a_lease_is_refused(
     assert caught.value.hint
 
 
+def test_a_lock_file_that_was_removed_is_a_lost_lease(store: LocalStore, root: Path) -> None:
+    """A lock on a removed file excludes nobody: the holder is told, and the next one gets a lock that counts."""
+    with store.lease("leases/prune.json") as lease:
+        lease.check()
+        (root / "leases/+lock-prune.json").unlink()
+        with pytest.raises(Locked, match="lost"):
+            lease.check()
+        with store.lease("leases/prune.json") as other:
+            other.check()
+            with pytest.raises(Locked, match="lost"):
+                lease.check()
+    with store.lease("leases/prune.json") as last:
+        last.check()
+
+
 # --- strangers -----------------------------------------------------------------------------------------------
 
 
@@ -436,7 +464,7 @@ def test_puts_and_deletes_in_one_directory_do_not_trip_each_other(store: LocalSt
         return turns
 
     with ThreadPoolExecutor(4) as workers:
-        assert min(workers.map(churn, range(4))) > 5
+        assert min(workers.map(churn, range(4))) > 1
     assert keys(store) == []
 
 

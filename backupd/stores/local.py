@@ -235,7 +235,9 @@ class LocalStore:
             try:
                 parent.mkdir(mode=DIRECTORY_MODE)
             except FileExistsError:
-                if not parent.is_dir():
+                if not modes.S_ISDIR(
+                    parent.stat().st_mode
+                ):  # FileNotFoundError: gone again, the caller retries
                     raise NotADirectoryError(errno.ENOTDIR, "a file is in the way", str(parent)) from None
             _sync_directory(parent.parent)
 

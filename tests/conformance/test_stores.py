@@ -100,6 +100,12 @@ def place(request: pytest.FixtureRequest) -> Place:
     return made
 
 
+@pytest.fixture(params=KINDS)
+def leasing(request: pytest.FixtureRequest) -> Place:
+    """Leases only pass through RetryStore, which tests of its own show."""
+    return make_place(request.param, request)
+
+
 @pytest.fixture(params=["local", "s3"])
 def shared(request: pytest.FixtureRequest) -> Place:
     """A place that several processes can open."""
@@ -356,9 +362,9 @@ def test_a_key_stays_below_the_root(text: str) -> None:
 # --- leases --------------------------------------------------------------------------------------------
 
 
-def test_a_lease_excludes_others(place: Place) -> None:
+def test_a_lease_excludes_others(leasing: Place) -> None:
     """While one holds it, another gets Locked, with the holder named; afterwards it is free."""
-    one, other = place.open(), place.open()
+    one, other = leasing.open(), leasing.open()
     with one.lease("leases/prune.json", ttl=TTL) as lease:
         lease.check()
         with pytest.raises(Locked, match=str(os.getpid())), other.lease("leases/prune.json", ttl=TTL):
@@ -370,11 +376,11 @@ def test_a_lease_excludes_others(place: Place) -> None:
         lease.check()
 
 
-def test_the_token_grows_with_every_holder(place: Place) -> None:
+def test_the_token_grows_with_every_holder(leasing: Place) -> None:
     """A fencing token: strictly growing, even when somebody removed the lease's object in between."""
     tokens = []
     for turn in range(4):
-        store = place.open()
+        store = leasing.open()
         with store.lease("leases/prune.json", ttl=TTL) as lease:
             tokens.append(lease.token)
         if turn == 2:
@@ -383,19 +389,19 @@ def test_the_token_grows_with_every_holder(place: Place) -> None:
     assert tokens == sorted(set(tokens))
 
 
-def test_a_lease_is_kept_longer_than_its_time_to_live(place: Place) -> None:
+def test_a_lease_is_kept_longer_than_its_time_to_live(leasing: Place) -> None:
     """It is renewed while the work goes on."""
-    store = place.open()
+    store = leasing.open()
     with store.lease("leases/prune.json", ttl=2.0) as lease:
         time.sleep(2.5)
         lease.check()
-        with pytest.raises(Locked), place.open().lease("leases/prune.json", ttl=2.0):
+        with pytest.raises(Locked), leasing.open().lease("leases/prune.json", ttl=2.0):
             pytest.fail("two holders")
 
 
-def test_check_raises_once_the_lease_is_lost(place: Place) -> None:
+def test_check_raises_once_the_lease_is_lost(leasing: Place) -> None:
     """Somebody removes the lease's object: within its time to live the holder is told, and stays told."""
-    store = place.open()
+    store = leasing.open()
     with store.lease("leases/prune.json", ttl=TTL) as lease:
         store.delete("leases/prune.json")
         deadline = time.monotonic() + TTL + 1
@@ -409,9 +415,9 @@ def test_check_raises_once_the_lease_is_lost(place: Place) -> None:
         lease.check()
 
 
-def test_an_error_inside_lets_the_lease_go(place: Place) -> None:
+def test_an_error_inside_lets_the_lease_go(leasing: Place) -> None:
     """The holder's own exception comes through, and the next one gets the lease at once."""
-    store = place.open()
+    store = leasing.open()
     with pytest.raises(ZeroDivisionError), store.lease("leases/a.json", ttl=60):
         raise ZeroDivisionError
     started = time.monotonic()
@@ -420,9 +426,9 @@ def test_an_error_inside_lets_the_lease_go(place: Place) -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_lease_object_that_is_no_lease_is_an_error_with_a_hint(place: Place) -> None:
+def test_a_lease_object_that_is_no_lease_is_an_error_with_a_hint(leasing: Place) -> None:
     """Garbage under the lease's key is not taken over in silence."""
-    store = place.open()
+    store = leasing.open()
     store.put("leases/a.json", b"\x00garbage")
     with pytest.raises(StoreError) as caught, store.lease("leases/a.json", ttl=TTL):
         pytest.fail("a lease on garbage")
