@@ -11,28 +11,43 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from backupd.archive.frames import Blob, FrameReader
-from backupd.archive.page import CONTENT, GID, MODE, MTIME, SIZE, UID, Page, Row, extra_of, is_file, pieces_of
-from backupd.archive.read import full_name, xattrs_of
+from backupd.archive.pack import BLOB
+from backupd.archive.page import (
+    CONTENT,
+    GID,
+    MODE,
+    MTIME,
+    NAME,
+    SIZE,
+    UID,
+    Page,
+    Row,
+    extra_of,
+    is_file,
+    pieces_of,
+)
+from backupd.archive.read import xattrs_of
 from backupd.archive.scan import open_below
 from backupd.errors import Damaged, RestoreFailed
 from backupd.model import Progress
 
-_BATCH = 20_000
-"""Members whose places are held in memory at once."""
+_BATCH = 10_000
+"""Members whose places are held in memory at once, twice: one batch is planned while another is written. Larger ones
+would decode fewer frames twice where content lies scattered over the packs of many runs."""
 _MOST_WARNINGS = 1000
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ROOT = os.geteuid() == 0
 
-Whole: TypeAlias = "tuple[str, Row, Blob]"
-"""A file that is one blob: path, row, where it lies in its frame."""
-Part: TypeAlias = "tuple[str, int, list[Blob]]"
-"""Blobs of a larger file that lie in one frame: path, where in the file's data they go, the blobs."""
+Whole: TypeAlias = "tuple[str, Row, int]"
+"""A file that is one blob: path, row, number of the blob in its pack."""
+Part: TypeAlias = "tuple[str, int, int, int]"
+"""Blobs of a larger file that lie in one frame: path, where in the file's data they go, first blob, one behind."""
 
 
 @dataclass(slots=True)
@@ -41,6 +56,24 @@ class _Job:
 
     wholes: list[Whole] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Members that are written together."""
+
+    jobs: dict[tuple[str, int], _Job] = field(default_factory=dict)
+    large: list[tuple[str, Row]] = field(default_factory=list)
+    pending: list[tuple[str, Row]] = field(default_factory=list)
+    """Symlinks, devices, hard links: made when the files are there."""
+    extents: dict[str, list[list[int]]] = field(default_factory=dict)
+    members: int = 0
+
+    def job(self, pack: str, frame: int) -> _Job:
+        job = self.jobs.get((pack, frame))
+        if job is None:
+            job = self.jobs[pack, frame] = _Job()
+        return job
 
 
 class Extraction:
@@ -52,9 +85,9 @@ class Extraction:
         self._progress = progress
         self._made: set[str] = set()
         self._directories: list[tuple[str, Row]] = []
-        self._pending: list[tuple[str, Row]] = []  # symlinks, devices, hard links of this batch
-        self._large: list[tuple[str, Row]] = []
-        self._jobs: dict[tuple[str, int], _Job] = {}
+        self._batch = _Batch()
+        self._writing: tuple[_Batch, list[Future[None]]] | None = None
+        self._frame = ("", 0, 0, _Job())  # of the last small file: pack, first blob, one behind, its job
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         self._me = (os.geteuid(), os.getegid())
@@ -72,13 +105,7 @@ class Extraction:
                     hint="a restore never overwrites: give an empty or a new directory",
                 )
             self._made.add("")
-            members = 0
-            for page in pages:
-                members += self._plan(page)
-                if members >= _BATCH:
-                    self._write_batch()
-                    members = 0
-            self._write_batch()
+            self._write(pages)
             for path, row in reversed(self._directories):
                 self._finish_directory(path, row)
         except OSError as error:
@@ -90,21 +117,33 @@ class Extraction:
         finally:
             self._close_handles()
 
+    def _write(self, pages: Iterable[Page]) -> None:
+        workers = max(2, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool:
+            try:
+                for page in pages:
+                    self._plan(page)
+                    if self._batch.members >= _BATCH:
+                        self._next_batch(pool, workers)
+                self._next_batch(pool, workers)
+                self._end_batch()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
     # --- planning a batch ---------------------------------------------------------------------------------
 
-    def _plan(self, page: Page) -> int:
-        count = 0
+    def _plan(self, page: Page) -> None:
         for path, own, rows in page.dirs:
             if own is not None:
                 self._make_directory(path)
                 self._directories.append((path, own))
-                count += 1
             elif path not in self._made:
                 self._make_directory(path)
+            prefix = path + "/" if path else ""
             for row in rows:
-                self._plan_row(full_name(path, row), row, page.packs)
-            count += len(rows)
-        return count
+                self._plan_row(prefix + row[NAME], row, page.packs)
+            self._batch.members += len(rows) + 1
 
     def _make_directory(self, path: str) -> None:
         if path in self._made:
@@ -119,86 +158,109 @@ class Extraction:
         self._made.add(path)
 
     def _plan_row(self, name: str, row: Row, packs: list[str]) -> None:
-        if not is_file(row):
-            self._pending.append((name, row))
-            return
-        pieces = pieces_of(row, packs)
-        if not pieces or len(pieces) > 1 or pieces[0][2] > 1 or "sparse" in extra_of(row):
-            self._large.append((name, row))
-            at = 0
-            for pack, first, count in pieces:
-                for number, blobs in self._frames.locate(pack, first, count):
-                    self._job(pack, number).parts.append((name, at, blobs))
-                    at += sum(blob[1] for blob in blobs)
-            return
-        ((pack, first, _),) = pieces
-        for number, (blob,) in self._frames.locate(pack, first, 1):
-            self._job(pack, number).wholes.append((name, row, blob))
+        content = row[CONTENT]
+        if len(row) == CONTENT + 1 and type(content) is list and len(content) == 3 and content[2] == 1:
+            self._plan_small(name, row, packs[content[0]], content[1])
+        elif not is_file(row):
+            self._batch.pending.append((name, row))
+        else:
+            self._plan_large(name, row, packs)
 
-    def _job(self, pack: str, number: int) -> _Job:
-        job = self._jobs.get((pack, number))
-        if job is None:
-            job = self._jobs[pack, number] = _Job()
-        return job
+    def _plan_small(self, name: str, row: Row, pack: str, blob: int) -> None:
+        """Most files are one blob, and most lie in the frame of the one before."""
+        last, first, end, job = self._frame
+        if last != pack or not first <= blob < end:
+            number, first, end = self._frames.frame_of(pack, blob)
+            job = self._batch.job(pack, number)
+            self._frame = (pack, first, end, job)
+        job.wholes.append((name, row, blob))
+
+    def _plan_large(self, name: str, row: Row, packs: list[str]) -> None:
+        batch = self._batch
+        batch.large.append((name, row))
+        sparse = extra_of(row).get("sparse")
+        if sparse is not None:
+            batch.extents[name] = sparse
+        at = 0
+        for pack, first, count in pieces_of(row, packs):
+            for number, blobs in self._frames.locate(pack, first, count):
+                batch.job(pack, number).parts.append((name, at, first, first + len(blobs)))
+                at += sum(blob[1] for blob in blobs)
+                first += len(blobs)  # noqa: PLW2901 - the next frame begins there
 
     # --- carrying a batch out -------------------------------------------------------------------------------
 
-    def _write_batch(self) -> None:
-        extents: dict[str, list[list[int]]] = {}
-        for name, row in self._large:
+    def _next_batch(self, pool: ThreadPoolExecutor, workers: int) -> None:
+        """Have what was planned written, while the next is planned."""
+        self._end_batch()
+        batch, self._batch = self._batch, _Batch()
+        self._frame = ("", 0, 0, _Job())
+        for name, row in batch.large:
             fd = os.open(self._path(name), _NEW, 0o600)
             try:
                 os.ftruncate(fd, row[SIZE])
             finally:
                 os.close(fd)
-            sparse = extra_of(row).get("sparse")
-            if sparse is not None:
-                extents[name] = sparse
-        workers = max(2, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool:
-            keys = list(self._jobs)
-            step = max(1, len(keys) // (workers * 4))
-            futures = [
-                pool.submit(self._write_frames, keys[i : i + step], extents)
-                for i in range(0, len(keys), step)
-            ]
-            wait(futures)
-            for future in futures:
-                future.result()
-        for name, row in self._large:
+        keys = list(batch.jobs)
+        step = max(1, len(keys) // (workers * 8))
+        self._writing = (
+            batch,
+            [pool.submit(self._write_frames, batch, keys[i : i + step]) for i in range(0, len(keys), step)],
+        )
+
+    def _end_batch(self) -> None:
+        if self._writing is None:
+            return
+        (batch, futures), self._writing = self._writing, None
+        for future in futures:
+            future.result()
+        for name, row in batch.large:
             fd = os.open(self._path(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 self._finish_file(fd, name, row, created=0o600)
             finally:
                 os.close(fd)
             self._progress.advance(row[SIZE], 1)
-        for name, row in self._pending:
+        for name, row in batch.pending:
             self._make_special(name, row)
-        self._jobs, self._large, self._pending = {}, [], []
         self._close_handles()
 
-    def _write_frames(self, keys: list[tuple[str, int]], extents: dict[str, list[list[int]]]) -> None:
+    def _write_frames(self, batch: _Batch, keys: list[tuple[str, int]]) -> None:
         for pack, number in keys:
-            job = self._jobs[pack, number]
-            data = self._frames.frame(pack, number)
+            job = batch.jobs.pop((pack, number))
+            data = memoryview(self._frames.frame(pack, number))
+            table = self._frames.directory(pack).blobs
             size = 0
             for name, row, blob in job.wholes:
-                part = self._frames.check(data, blob, pack)
-                mode = stat.S_IMODE(row[MODE])
-                created = mode & 0o777 & ~self._umask
-                fd = os.open(self._path(name), _NEW, mode & 0o777)
-                try:
-                    _write_all(fd, part)
-                    self._finish_file(fd, name, row, created=created)
-                finally:
-                    os.close(fd)
-                size += blob[1]
-            for name, at, blobs in job.parts:
-                self._write_part(data, pack, name, at, blobs, extents.get(name))
+                part = self._frames.check(data, BLOB.unpack_from(table, blob * BLOB.size), pack)
+                self._write_whole(name, row, part)
+                size += len(part)
+            for name, at, first, end in job.parts:
+                blobs = list(BLOB.iter_unpack(table[first * BLOB.size : end * BLOB.size]))
+                self._write_part(data, pack, name, at, blobs, batch.extents.get(name))
             self._progress.advance(size, len(job.wholes))
 
+    def _write_whole(self, name: str, row: Row, part: memoryview) -> None:
+        mode = row[MODE] & 0o7777
+        fd = os.open(self._path(name), _NEW, mode & 0o777)
+        try:
+            _write_all(fd, part)
+            created = mode & 0o777 & ~self._umask
+            if created == mode and (row[UID], row[GID]) == self._me and len(row) == CONTENT + 1:
+                os.utime(fd, ns=(row[MTIME], row[MTIME]))  # the common case: one call
+            else:
+                self._finish_file(fd, name, row, created=created)
+        finally:
+            os.close(fd)
+
     def _write_part(
-        self, data: bytes, pack: str, name: str, at: int, blobs: list[Blob], extents: list[list[int]] | None
+        self,
+        data: memoryview,
+        pack: str,
+        name: str,
+        at: int,
+        blobs: list[Blob],
+        extents: list[list[int]] | None,
     ) -> None:
         """Neighbours in the frame that are neighbours in the file are written at once."""
         fd = os.open(self._path(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -207,7 +269,7 @@ class Extraction:
                 for blob in blobs[start:end]:
                     self._frames.check(data, blob, pack)
                 first, last = blobs[start], blobs[end - 1]
-                part = memoryview(data)[first[0] : last[0] + last[1]]
+                part = data[first[0] : last[0] + last[1]]
                 for offset, piece in _place(part, at, extents):
                     _pwrite_all(fd, piece, offset)
                 at += len(part)

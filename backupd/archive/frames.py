@@ -70,6 +70,14 @@ class FrameReader:
             yield frame, list(BLOB.iter_unpack(rows))
             first = stop
 
+    def frame_of(self, pack: str, blob: int) -> tuple[int, int, int]:
+        """The frame that holds a blob: (its number, its first blob, one behind its last). Raises Damaged."""
+        starts = self.directory(pack).starts()
+        if not 0 <= blob < starts[-1]:
+            raise Damaged(f"the index names a blob that the pack {pack} does not have")
+        number = bisect_right(starts, blob) - 1
+        return number, starts[number], starts[number + 1]
+
     def frame(self, pack: str, number: int) -> bytes:
         """A frame's bytes; its blobs are checked where they are taken. Raises Damaged."""
         frame = self.directory(pack).frames[number]
@@ -79,7 +87,7 @@ class FrameReader:
         except Damaged as error:
             raise Damaged(f"frame {number} of the pack {pack}: {error.message}") from None
 
-    def check(self, data: bytes, blob: Blob, pack: str) -> memoryview:
+    def check(self, data: bytes | memoryview, blob: Blob, pack: str) -> memoryview:
         """One blob of a frame, compared with its digest. Raises Damaged."""
         offset, length, digest = blob
         part = memoryview(data)[offset : offset + length]
