@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,7 @@ from backupd.agent import build
 from backupd.agent.serving import jobs_of
 from backupd.catalog import Catalog
 from backupd.config import load
+from backupd.errors import Interrupted
 from backupd.model import RecoveryPoint, Run, RunStatus, Silence
 from backupd.scheduler import Scheduler
 from backupd.stores.local import LocalStore
@@ -218,6 +220,23 @@ def test_sigterm_abandons_a_backup_that_outlasts_the_grace_and_no_half_point_is_
         agent.until(lambda: setup.statuses()[-1] == "backup files ok")
         assert agent.end() == 0
     assert setup.verified() == []
+
+
+def test_prune_and_verify_end_soon_when_told_to(setup: Setup) -> None:
+    """They may take hours; what they did not come to is done at their next time."""
+    text = setup.config.read_text().replace('"0 2 * * *"', '"0 2 * * *"\nretention = { last = 1 }')
+    setup.config.write_text(text.replace('"never"', '"30 4 * * SUN"'))
+    setup.back_up("files", ago=timedelta())
+    jobs = {job.name: job for job in jobs_of(build(load(setup.config, {})))}
+    stop = threading.Event()
+    stop.set()
+    for name in ("prune", "verify"):
+        with pytest.raises(Interrupted):
+            jobs[name].work(stop, None)
+    assert len(setup.points()) == 2
+    for name in ("prune", "verify"):
+        assert jobs[name].work(threading.Event(), None).status is RunStatus.OK
+    assert len(setup.points()) == 1
 
 
 def test_an_idle_agent_ends_at_once(setup: Setup) -> None:

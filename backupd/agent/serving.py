@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from backupd.config import SourceConfig
-from backupd.errors import BackupdError, Damaged, UsageError
+from backupd.errors import BackupdError, Damaged, Interrupted, UsageError
 from backupd.model import RecoveryPoint, Run, RunStatus, Silence
 from backupd.prune import prune
 from backupd.scheduler import Job, Schedule, Scheduler, run_until_stopped
@@ -62,11 +62,13 @@ def jobs_of(agent: Agent) -> list[Job]:
     settings, zone = config.serve, config.defaults.timezone
     if settings.prune_schedule and any(config.policies.values()):
         when = Schedule.parse(settings.prune_schedule, zone)
-        jobs.append(Job("prune", "", lambda _stop, _due: _prune(agent), when, lane="repository", eager=False))
+        jobs.append(
+            Job("prune", "", lambda stop, _due: _prune(agent, stop), when, lane="repository", eager=False)
+        )
     if settings.verify_schedule:
         when = Schedule.parse(settings.verify_schedule, zone)
         jobs.append(
-            Job("verify", "", lambda _stop, _due: _verify(agent), when, lane="repository", eager=False)
+            Job("verify", "", lambda stop, _due: _verify(agent, stop), when, lane="repository", eager=False)
         )
     return jobs
 
@@ -80,15 +82,32 @@ def _backup_job(agent: Agent, name: str, source: SourceConfig) -> Job:
     )
 
 
-def _prune(agent: Agent) -> Run:
+class _Stoppable:
+    """A Progress that ends the work it is told of once the agent is told to stop.
+
+    Prune and verify may be left at any step, as when they are killed: what is half removed is no point any more.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+
+    def stage(self, text: str) -> None:  # noqa: ARG002 -- named by the seam
+        self.advance()
+
+    def advance(self, size: int = 0, members: int = 0) -> None:  # noqa: ARG002 -- named by the seam
+        if self._stop.is_set():
+            raise Interrupted("told to stop", hint="it is done again at its next time")
+
+
+def _prune(agent: Agent, stop: threading.Event) -> Run:
     started = agent.clock()
-    prune(agent.repository(), agent.config.policies, clock=agent.clock, progress=Silence())
+    prune(agent.repository(), agent.config.policies, clock=agent.clock, progress=_Stoppable(stop))
     return Run("", "prune", "", RunStatus.OK, started, agent.clock())
 
 
-def _verify(agent: Agent) -> Run:
+def _verify(agent: Agent, stop: threading.Event) -> Run:
     started = agent.clock()
-    report = agent.verify_now(None, agent.config.serve.verify_data_percent, Silence())
+    report = agent.verify_now(None, agent.config.serve.verify_data_percent, _Stoppable(stop))
     if report.problems:
         raise Damaged(
             f"the repository is damaged: {'; '.join(report.problems[:5])}",
