@@ -23,7 +23,7 @@ from conftest import StartService
 
 from backupd.drivers.redis import RedisDriver, RedisSettings
 from backupd.drivers.redis_home import Home, layout
-from backupd.drivers.redis_wire import RedisAddress
+from backupd.drivers.redis_wire import Connection, RedisAddress
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed
 from backupd.sandbox.docker import DockerSandbox
 from backupd.sandbox.engine import Engine
@@ -202,6 +202,22 @@ def test_a_save_under_way_is_awaited_and_another_one_taken(start_redis: StartSer
     taken = captured.take(driver(source, engine, way="container"))
     assert taken.point.facts["persistent_keys"] == {"0": 501}
     assert one.info("persistence")["rdb_saves"] == 2
+
+
+def test_a_server_that_does_not_count_its_saves(
+    start_redis: StartService, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before version 7 only LASTSAVE tells of a new save, in whole seconds: two in one second are told apart."""
+    told = Connection.info
+    hidden = {"rdb_saves"}
+    monkeypatch.setattr(
+        Connection, "info", lambda *args: {k: v for k, v in told(*args).items() if k not in hidden}
+    )
+    source = start_redis("--save", "")
+    for count in range(1, 4):
+        client(source).set(f"k{count}", "v")
+        taken = captured.take(driver(source, engine, way="container"))
+        assert taken.point.facts["persistent_keys"] == {"0": count}
 
 
 def test_a_failed_save_fails_the_capture(start_redis: StartService, engine: Engine) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import sqlite3
 import sys
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from backupd.drivers import chroma_snapshot
 from backupd.drivers._pause import LIMIT, default_notes, paused, release, release_left
@@ -38,11 +40,13 @@ from backupd.drivers.chroma_home import DATA, bring_back, find_directory
 from backupd.drivers.chroma_index import TornIndex
 from backupd.drivers.chroma_served import AS_CAPTURED, Client, compare
 from backupd.drivers.chroma_snapshot import (
+    BESIDE,
     DATABASE,
     LAST_WRITTEN,
     copy_early,
     copy_file,
     copy_rest,
+    files_of,
     unsettled,
 )
 from backupd.drivers.chroma_state import check_indexes, measure, recover
@@ -229,8 +233,9 @@ class ChromaDriver:
                 reason = unsettled(root) if root else ""
                 if root and not reason:
                     copy_rest(root, place, known)
-                    for path in root.glob(f"{DATABASE}*"):
-                        copy_file(path, place / path.name)
+                    for name in (DATABASE, *(DATABASE + ending for ending in BESIDE)):
+                        if (root / name).exists():
+                            copy_file(root / name, place / name)
                 elif not root:
                     _unpack(container, inside, place)
             blocked = time.monotonic() - begun
@@ -308,6 +313,11 @@ class ChromaDriver:
         container = self._container() if self._container else None
         if container is not None and not container.running:
             yield Problem(f"container {container.name} is not running", "start it", fatal=False)
+        url = urlsplit(self._settings.url)
+        if url.scheme == "http" and not Client(url.hostname or "", url.port or PORT, timeout=5).answers():
+            yield Problem(
+                f"no ChromaDB answers at {url.hostname}:{url.port or PORT}", "is it running?", fatal=False
+            )
         root = self._settings.path
         if root is None and container is not None:
             root = container.mount(find_directory(container))
@@ -343,7 +353,7 @@ def release_left_paused(engine: Engine) -> list[str]:
 @contextmanager
 def _staging(parent: Path | None) -> Iterator[Path]:
     """A directory for one copy. What killed agents left beside it is removed first: nobody holds its lock."""
-    where = parent or Path(tempfile.gettempdir())
+    where = parent or _default_staging()
     try:
         where.mkdir(parents=True, exist_ok=True)
         for left in where.glob(f"{_STAGING}*"):
@@ -364,13 +374,25 @@ def _staging(parent: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _default_staging() -> Path:
+    """Beside the agent's state: on a disk. The temporary directory of a container may be memory."""
+    from platformdirs import user_state_path
+
+    where = user_state_path("backupd") / "staging"
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir())
+    return where if os.access(where, os.W_OK) else Path(tempfile.gettempdir())
+
+
 def _empty(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
 
 
 def _check_room(root: Path, place: Path) -> None:
-    needed = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    needed = (root / DATABASE).stat().st_size + sum(info.st_size for _, info in files_of(root))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise CaptureFailed(

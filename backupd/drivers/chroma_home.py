@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backupd.drivers import _tarstream
 from backupd.drivers.chroma_served import Client
-from backupd.drivers.chroma_snapshot import DATABASE
+from backupd.drivers.chroma_snapshot import BESIDE, DATABASE
 from backupd.errors import ContainerError, RestoreFailed
 from backupd.model import Archive, Container
 
@@ -18,7 +18,6 @@ _PLACES = (DATA, "/chroma/chroma")  # since 1.0, before
 _SETTINGS = ("CHROMA_PERSIST_PATH", "PERSIST_DIRECTORY")
 _FRESH_AT_MOST = 4 << 20
 """A fresh database takes 200 KiB; a bigger one is not read to know that it holds something."""
-_BESIDE = ("-journal", "-wal", "-shm")
 
 
 def find_directory(container: Container) -> str:
@@ -106,7 +105,7 @@ def _with_nothing_beside(archive: Archive, there: set[str]) -> Iterator[bytes]:
     """The archive's tree; and empty files over what SQLite may have left of the fresh database: it would apply
     a left journal to ours."""
     ours = {member.name for member in archive.members()}
-    for ending in _BESIDE:
+    for ending in BESIDE:
         if DATABASE + ending in there - ours:
             yield _tarstream.entry(DATABASE + ending)
     yield from archive.tar()

@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DATABASE = "chroma.sqlite3"
+BESIDE = ("-journal", "-wal", "-shm")
+"""What SQLite keeps beside a database while it is in use."""
 LAST_WRITTEN = "index_metadata.pickle"
 LOCK_WITHIN = 120.0
 """Seconds to wait for the write lock; ChromaDB itself holds it for milliseconds."""
@@ -60,7 +62,7 @@ def files_of(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
         folders.sort()
         for name in sorted(names):
             path = Path(folder) / name
-            if Path(folder) == root and name.startswith(DATABASE):
+            if Path(folder) == root and name in (DATABASE, *(DATABASE + ending for ending in BESIDE)):
                 continue
             with contextlib.suppress(FileNotFoundError):  # a deleted collection
                 info = path.lstat()
@@ -133,13 +135,15 @@ def copy_rest(root: Path, into: Path, known: dict[Path, Stamp]) -> dict[Path, St
         (into / path.relative_to(root)).unlink(missing_ok=True)
     for path, seen in now.items():
         if known.get(path) != seen:
-            copy_file(path, into / path.relative_to(root))
+            with contextlib.suppress(FileNotFoundError):  # the caller looks again
+                copy_file(path, into / path.relative_to(root))
     for folder, folders, _ in os.walk(root):
         for name in folders:
             place = Path(folder) / name
             target = into / place.relative_to(root)
             target.mkdir(parents=True, exist_ok=True)
-            copy_look(place.lstat(), target)
+            with contextlib.suppress(FileNotFoundError):
+                copy_look(place.lstat(), target)
     return now
 
 

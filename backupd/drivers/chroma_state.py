@@ -80,6 +80,7 @@ def opened(root: Path, *, still: bool) -> Iterator[sqlite3.Connection]:
 
 def recover(root: Path) -> None:
     """Bring a copy that was taken of a paused server to rest: roll back what was under way, as it would itself."""
+    (root / f"{DATABASE}-shm").unlink(missing_ok=True)  # rebuilt from the log
     with closing(sqlite3.connect(root / DATABASE, timeout=60)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         database.execute("SELECT count(*) FROM sqlite_master").fetchone()
