@@ -111,6 +111,7 @@ def _decide_source(points: list[RecoveryPoint], policy: Policy, now: datetime) -
             reasons[p.id].append("dated after now: the clock was or is wrong")
     past = [p for p in reversed(points) if p.instant <= now]
     _apply(past, policy, reasons)
+    # Every rule there is keeps the newest point already. No rule that comes later can forget it.
     for newest in (points[-1:], past[:1]):
         for p in newest:
             if not reasons[p.id]:

@@ -385,6 +385,8 @@ def test_two_variables_and_two_mounts_just_work(tmp_path: Path) -> None:
         "BACKUP_SCHEDULE": "0 2 * * 0", "RETENTION_DAYS": "7",
     }  # fmt: skip
     home = InsideHome(tmp_path, env)
+    home.refused("list", code=10)
+    assert list((tmp_path / "backups").iterdir()) == [], "what only reads has made a repository"
     home.ok("backup")
     assert [p["source"] for p in home.ok("list", "--json").json] == ["config", "uploads"]
     assert "keep" in home.ok("prune").out

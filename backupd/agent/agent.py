@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
-from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, UsageError
+from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
 from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
 from backupd.plan import LATEST, RestorePlan, Step, plan_point, plan_restore
 
@@ -116,34 +116,35 @@ class Agent:
         return Catalog(state / "catalog.sqlite" if state else default_path(self._env))
 
     def repository(self) -> Repository:
-        """The repository, opened. Raises RepositoryMissing, StoreError.
-
-        Without a configuration file it is made where there is none: who mounts two directories and sets two
-        variables has no `init` to run.
-        """
+        """The repository, opened. Raises RepositoryMissing, StoreError."""
         from backupd.repository import Repository
         from backupd.stores import open_store
 
         with self._lock:
             if self._repository is None:
                 where, options = self.config.repository.location, self._s3_options()
-                try:
-                    Repository.open(open_store(where, options, patience=self.patience))
-                    self._repository = Repository.open(open_store(where, options))
-                except RepositoryMissing:
-                    if not self.config.without_file:
-                        raise
-                    self._repository = self.create_repository()
+                Repository.open(open_store(where, options, patience=self.patience))
+                self._repository = Repository.open(open_store(where, options))
             return self._repository
+
+    def repository_to_fill(self) -> Repository:
+        """The repository for a backup. Without a configuration file it is made where there is none: who mounts
+        two directories and sets two variables has no `init` to run. Nothing that only reads makes one: its
+        location may be misspelt."""
+        if self.config.without_file and self.config.sources:
+            self.ensure_repository()
+        return self.repository()
 
     def ensure_repository(self) -> bool:
         """Make the repository unless there is one; whether it was made."""
-        try:
-            self.repository()
-        except RepositoryMissing:
-            self._repository = self.create_repository()
-            return True
-        return False
+        with self._lock:
+            try:
+                self.repository()
+            except RepositoryMissing:
+                self.create_repository()
+                self.repository()
+                return True
+            return False
 
     def create_repository(self) -> Repository:
         """A new repository at the configured location. Raises UsageError where there is one."""
@@ -221,11 +222,18 @@ class Agent:
         return self.driver(name).check()
 
     def _check_repository(self) -> Finding:
-        """Open it, and write, read and delete a lease: what a backup and a prune need."""
+        """Open it and take a lease: that writes, reads back and writes again."""
 
         def probe() -> list[Problem]:
-            with self.repository().lease("backupd-check") as lease:
-                lease.check()
+            repository = self.repository()
+            try:
+                with repository.lease("backupd-check") as lease:
+                    lease.check()
+            except StoreError as error:
+                # A server without conditional writes takes backups all the same; only prune needs a lease.
+                if error.transient or "conditions" not in error.message:
+                    raise
+                return [Problem(error.message, error.hint, fatal=False)]
             return []
 
         return _finding(f"repository {self.config.repository.location}", probe)
@@ -322,7 +330,7 @@ class Agent:
         from backupd.backup import back_up
 
         return back_up(
-            source, self.driver(source), self.repository(), clock=self.clock, progress=progress,
+            source, self.driver(source), self.repository_to_fill(), clock=self.clock, progress=progress,
             stop=stop or self.stop, due=due, allow_shrink=allow_shrink,
         )  # fmt: skip
 
@@ -331,7 +339,7 @@ class Agent:
     ) -> list[Outcome]:
         """Several sources, some at once, each recorded; one that fails keeps none of the others from being
         done. Raises what concerns them all: no repository, an interrupt."""
-        self.repository()
+        self.repository_to_fill()
         record = self._recorder()
 
         def one(source: str) -> Outcome:

@@ -130,7 +130,7 @@ def _release_left_paused(agent: Agent) -> None:
 def _known_points(agent: Agent) -> list[RecoveryPoint]:
     """What the repository tells of earlier runs. One out of reach is no reason not to start: the jobs tell."""
     try:
-        return agent.repository().points()
+        return agent.repository_to_fill().points()
     except BackupdError as error:
         log.warning("the repository cannot be read yet: %s", error)
         return []
