@@ -66,7 +66,8 @@ INSERT INTO latin VALUES (chr(252));
 def sql(container: Container, text: str, database: str = "postgres") -> str:
     """What psql prints."""
     client = InContainer(container)
-    return b"".join(client.run("psql", "-AtXc", text, database=database)).decode().strip()
+    said = client.run("psql", "-AtXc", text, database=database, env={"PGCLIENTENCODING": "UTF8"})
+    return b"".join(said).decode().strip()
 
 
 def kill(container: Container, program: str) -> None:
@@ -134,7 +135,8 @@ def test_everything_comes_back(
         "SELECT rolname, rolpassword, rolconnlimit, rolsuper, shobj_description(oid, 'pg_authid')"
         " FROM pg_authid WHERE rolname !~ '^pg_' ORDER BY 1": "postgres",
         "SELECT roleid::regrole, member::regrole, admin_option FROM pg_auth_members ORDER BY 1, 2": "postgres",
-        "SELECT datname, datdba::regrole, (SELECT array_agg(a ORDER BY a::text) FROM unnest(datacl) a), pg_encoding_to_char(encoding), datcollate,"
+        "SELECT datname, datdba::regrole, (SELECT array_agg(a ORDER BY a::text) FROM unnest(datacl) a),"
+        " pg_encoding_to_char(encoding), datcollate,"
         " shobj_description(oid, 'pg_database') FROM pg_database ORDER BY 1": "postgres",
         "SELECT d.datname, setrole::regrole, setconfig FROM pg_db_role_setting LEFT JOIN pg_database d"
         " ON d.oid = setdatabase ORDER BY 1, 2": "postgres",
