@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,52 @@ def test_every_answer_of_a_server_becomes_one_line(
     assert "\n" not in str(error)
     assert error.transient is transient
     assert error.hint or code == "Weird"
+
+
+@pytest.fixture
+def web_server() -> Iterator[type[BaseHTTPRequestHandler]]:
+    """Something that speaks HTTP and is no S3: set `status` and `body` on it; `url` is where it is."""
+
+    class Handler(BaseHTTPRequestHandler):
+        status, body, url = 200, b"", ""
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(self.status)
+            self.send_header("Content-Length", str(len(self.body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(self.body)
+
+        do_PUT = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Handler.url = f"http://127.0.0.1:{server.server_port}"
+        yield Handler
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b"<html>please log in</html>"), (200, b""), (200, b"<html><p>"), (404, b"not found"), (302, b"x")],
+)
+def test_a_server_that_is_no_s3_stores_nothing_and_is_told(
+    status: int, body: bytes, web_server: Any, options: S3Options
+) -> None:
+    """A login page that says 200 to every PUT is not a backup; each call says so in one line."""
+    web_server.status, web_server.body = status, body
+    store = S3Store("box", "", replace(options, endpoint_url=web_server.url))
+    if status != 404:
+        for error in every_call(store):
+            assert web_server.url in str(error) and not isinstance(error, ObjectMissing)
+    else:
+        with pytest.raises(StoreError, match="does not answer as S3 does"):
+            list(store.list())
+        with pytest.raises(StoreError, match="no bucket"):
+            store.put("a", b"1")
 
 
 # --- TLS -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from backupd.errors import ObjectExists, ObjectMissing, StoreError, UsageError
 from backupd.model import Lease, ObjectInfo
 from backupd.stores.leases import HeartbeatLease, Reading, holding
 from backupd.stores.names import OWN, check_key, check_prefix, check_range, is_key
-from backupd.stores.s3_errors import Place, code_of, explain, status_of
+from backupd.stores.s3_errors import Place, code_of, explain, not_s3, status_of
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -125,7 +125,10 @@ class S3Store:
                 raise self._already_there(key)
         with self._explained(f"cannot write {self._name(key)}") as client:
             try:
-                client.put_object(**self._at(key), Body=data, **_digest(data, abilities.crc32), **conditions)
+                # Asking for the ETag: any web server may say 200, and store nothing.
+                client.put_object(**self._at(key), Body=data, **_digest(data, abilities.crc32), **conditions)[
+                    "ETag"
+                ]
             except Exception as error:
                 if status_of(error) != 412 or not conditions:
                     raise
@@ -149,6 +152,7 @@ class S3Store:
                 if wanted and (status_of(error) == 416 or code_of(error) == "InvalidRange"):
                     return b""
                 raise
+            answer["ETag"]
             data: bytes = answer["Body"].read()
             if len(data) != answer["ContentLength"]:
                 raise StoreError(f"cannot read {self._name(key)}: the answer was cut short", transient=True)
@@ -167,7 +171,7 @@ class S3Store:
                 if status_of(error) == 403:  # HEAD does not say why; this fails too, and does
                     client.get_object(**self._at(key), Range="bytes=0-0")
                 raise
-        return ObjectInfo(key, head["ContentLength"], head["LastModified"].astimezone(UTC))
+            return ObjectInfo(key, head["ContentLength"], head["LastModified"].astimezone(UTC))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Listed to its end before the first is handed out, and sorted here: SeaweedFS for one puts `a/b`
@@ -177,7 +181,12 @@ class S3Store:
         more: dict[str, Any] = {}
         with self._explained(f"cannot list {self.location}/{prefix}") as client:
             while True:
-                page = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **more)
+                try:
+                    page = client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **more)
+                except Exception as error:
+                    if code_of(error) == "404":
+                        raise KeyError("NoSuchBucket") from error  # some other server's 404
+                    raise
                 for entry in page.get("Contents", ()):
                     key = entry["Key"].removeprefix(self._prefix)
                     if is_key(key):
@@ -271,13 +280,16 @@ class S3Store:
     def _explained(self, what: str) -> Iterator[S3Client]:
         """The client; its errors come out as StoreErrors."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
         place = Place(self._bucket, self._options.endpoint_url, self._options.region or "us-east-1")
         try:
             yield self._client
-        except (BotoCoreError, ClientError, HTTPError, OSError, ValueError) as error:
+        except (BotoCoreError, ClientError, HTTPError, OSError, ValueError, ResponseParserError) as error:
             raise explain(error, what, place) from error
+        except (KeyError, RecursionError) as error:  # what S3 always says was not said; redirected in circles
+            raise not_s3(what, place) from error
         self._bucket_seen = True
 
     def _check_bucket(self, client: S3Client) -> None:
@@ -320,9 +332,10 @@ class S3Store:
                     crc32 = False
                     if modern:
                         answer = client.put_object(**probe, **_digest(b"backupd", crc32=True))
+                        answer["ETag"]
                         crc32 = answer.get("ChecksumCRC32") == _crc32(b"backupd")
                     else:
-                        client.put_object(**probe, **_digest(b"backupd", crc32=False))
+                        client.put_object(**probe, **_digest(b"backupd", crc32=False))["ETag"]
                     kept = _refused(client, **probe, IfNoneMatch="*")
                 self._abilities = Abilities(create_only=kept, crc32=crc32)
             return self._abilities
@@ -386,7 +399,9 @@ class _Register:
 def _refused(client: S3Client, **put: Any) -> bool:
     """True when the condition of a PUT held it back."""
     try:
-        client.put_object(**put)
+        client.put_object(
+            **put, **_digest(put["Body"], crc32=False)
+        )  # buckets with object lock insist on one
     except Exception as error:
         if status_of(error) in _REFUSED:
             return True
@@ -398,7 +413,7 @@ def _refused(client: S3Client, **put: Any) -> bool:
 
 def _keeps_conditions(client: S3Client, one: dict[str, Any], many: dict[str, Any]) -> bool:
     """Does a PUT keep its condition, and of eight at once one win? Some servers look, then write."""
-    tag = client.put_object(**one, Body=b"1")["ETag"]
+    tag = client.put_object(**one, Body=b"1", **_digest(b"1", crc32=False))["ETag"]
     if not (
         _refused(client, **one, Body=b"2", IfNoneMatch="*")
         and _refused(client, **one, Body=b"2", IfMatch='"00000000000000000000000000000000"')

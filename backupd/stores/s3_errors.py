@@ -99,6 +99,14 @@ def explain(error: Exception, what: str, place: Place) -> StoreError:
     return _explain_connection(error, what, place)
 
 
+def not_s3(what: str, place: Place) -> StoreError:
+    """The StoreError for answers that S3 does not give: a console's page, a proxy's login."""
+    return StoreError(
+        f"{what}: {place.server} does not answer as S3 does",
+        hint="is repository.endpoint_url the address of its S3 service, not of a console or a proxy?",
+    )
+
+
 def _explain_answer(error: Exception, what: str, place: Place) -> StoreError:
     code, status = code_of(error), status_of(error)
     if code in ("NoSuchKey", "404"):
@@ -144,7 +152,7 @@ def _explain_connection(error: Exception, what: str, place: Place) -> StoreError
             hint="is repository.endpoint_url right, the server up and the network there?",
             transient=True,
         )
-    if isinstance(error, (b.ParamValidationError, b.InvalidEndpointConfigurationError, b.InvalidRegionError)):
+    if isinstance(error, (b.ParamValidationError, b.InvalidEndpointConfigurationError, ValueError)):
         return StoreError(f"{what}: {one_line(str(error))}", hint="correct the repository's settings")
     if isinstance(error, (b.ProfileNotFound, b.ConfigNotFound, b.ConfigParseError)):
         return StoreError(f"{what}: {one_line(str(error))}", hint="correct this machine's AWS configuration")
