@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,16 @@ REQUIRED = ("Docker engine", "PostgreSQL", "Redis", "ChromaDB", "S3 server")
 def _is_full_run(config: pytest.Config) -> bool:
     chosen = config.option.keyword or config.option.markexpr or config.option.collectonly
     return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logs of odd file names must not break the report's way to the main process (UTF-8 only)."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

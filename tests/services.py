@@ -392,10 +392,22 @@ class S3Server:
         return name
 
 
+S3_FOLDER = "backupd-test-s3-"
+
+
+def _sweep_folders() -> None:
+    """Remove what servers of processes that were killed left behind."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{S3_FOLDER}*-*-*"):
+        pid, _, rest = folder.name.removeprefix(S3_FOLDER).partition("-")
+        if pid.isdigit() and _process_id(int(pid)) != f"{pid}-{rest.partition('-')[0]}":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def s3_server(*, extra: Sequence[str] = ()) -> Iterator[S3Server]:
     """Start one, yield it, stop it and remove its data; it dies with this process in any case."""
-    folder = Path(tempfile.mkdtemp(prefix="backupd-test-s3-"))
+    _sweep_folders()
+    folder = Path(tempfile.mkdtemp(prefix=f"{S3_FOLDER}{_process_id(os.getpid())}-"))
     log = folder / "log"
     access, secret = "test" + secrets.token_hex(8), secrets.token_hex(20)
     # One volume a collection instead of seven: each bucket is a collection, and ten of them would exhaust

@@ -230,10 +230,11 @@ def test_several_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> 
 
 
 def test_threads_share_one_catalog(catalog: Catalog) -> None:
-    threads = [
-        threading.Thread(target=lambda k=k: [catalog.record(run(100 * k + n)) for n in range(30)])
-        for k in range(4)
-    ]
+    def record_many(numbers: range) -> None:
+        for number in numbers:
+            catalog.record(run(number))
+
+    threads = [threading.Thread(target=record_many, args=(range(100 * k, 100 * k + 30),)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -79,7 +79,9 @@ def test_the_ten_minutes_of_the_readme(clean_engine: docker.DockerClient, tmp_pa
     said = run_console("README.md", tmp_path)
     assert said.count("apples") >= 4  # the order, the cart twice, the invoice
     assert "three apples" in said
-    assert not [c for c in clean_engine.containers.list(all=True) if c.name.startswith("backupd-monday-")]
+    assert not [
+        c for c in clean_engine.containers.list(all=True) if (c.name or "").startswith("backupd-monday-")
+    ]
 
 
 def test_the_configuration_in_the_readme_is_one(tmp_path: Path) -> None:

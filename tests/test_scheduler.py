@@ -672,7 +672,9 @@ def test_status_tells_what_is_next_and_what_was_last(catalog: Catalog) -> None:
     scheduler = Scheduler(
         [Job("backup", "orders", lambda stop, due: ok(), schedule)], catalog, clock=Clock("2026-05-04T09:00")
     )
-    (job,) = scheduler.status()["jobs"]  # type: ignore[misc, union-attr]
+    jobs = scheduler.status()["jobs"]
+    assert isinstance(jobs, list) and len(jobs) == 1
+    job = jobs[0]
     assert isinstance(job, dict)
     assert job["next"] == "2026-05-05T00:00:00+00:00"
     assert job["last"]["message"] == "no room"  # type: ignore[index, call-overload]

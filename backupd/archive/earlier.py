@@ -11,10 +11,11 @@ import bisect
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property
+from typing import TypeAlias
 
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import TAIL_SIZE, Directory, decode_directory, directory_length
-from backupd.archive.page import CONTENT, NAME, Page, Pieces, Row, decode_page, extra_of, pieces_of
+from backupd.archive.page import CONTENT, EXTRA, NAME, Page, Row, decode_page, pieces_of
 from backupd.archive.pipeline import page_from_row
 from backupd.errors import Damaged
 from backupd.model import ObjectInfo
@@ -24,6 +25,9 @@ ORPHAN_AGE = timedelta(hours=12)
 """Packs of interrupted runs are used while younger than this; prune removes them when they are older than a day,
 so that no run can come to need one that is just being removed."""
 _READERS = 4
+
+Rows: TypeAlias = "dict[str, dict[str, Row]]"
+"""By directory and name; a directory's own row has an empty name."""
 
 
 class Earlier:
@@ -48,7 +52,7 @@ class Earlier:
         self._pages = {page.stat: page for page in pages if page.stat}
         self._row: tuple[PageRef, ...] = pages if self.latest and self.latest.ordered else ()
         self._firsts = [page.first for page in self._row]
-        self._cache: dict[int, dict[tuple[str, str], tuple[Row, Pieces]]] = {}
+        self._cache: dict[int, Rows] = {}
         for name in self._orphans:
             directory = self._load(name)
             for row in directory.pages if directory else ():
@@ -77,19 +81,21 @@ class Earlier:
         except KeyError:
             raise Damaged(f"the pack {name} of {self._source} is missing") from None
 
-    def rows(self, first: str, last: str) -> dict[tuple[str, str], tuple[Row, Pieces]]:
-        """Rows of the latest point between two sort keys, by (directory, name), with where their content lies."""
-        found: dict[tuple[str, str], tuple[Row, Pieces]] = {}
+    def rows(self, first: str, last: str) -> Rows:
+        """Rows of the latest point between two sort keys; a file's CONTENT is Pieces, as when it was written."""
+        found: Rows = {}
         if not self._row:
             return found
         start = max(0, bisect.bisect_right(self._firsts, first) - 1)
         for index in range(start, bisect.bisect_right(self._firsts, last)):
-            found.update(self._page_rows(index))
+            for path, rows in self._page_rows(index).items():
+                known = found.get(path)
+                found[path] = rows if known is None else {**known, **rows}  # a directory cut in two
         return found
 
     @cached_property
     def known(self) -> KnownContent:
-        """Content of every pack that is there. Loads their directories: 1 us a blob."""
+        """Content of every pack that is there. Loads their directories: 0.5 us a blob."""
         known = KnownContent()
         # Newest first: where the table is full, what was stored long ago is the least likely to come again.
         names = sorted(self._objects, key=lambda n: self._objects[n].modified, reverse=True)
@@ -143,7 +149,7 @@ class Earlier:
         self._directories[name] = directory
         return directory
 
-    def _page_rows(self, index: int) -> dict[tuple[str, str], tuple[Row, Pieces]]:
+    def _page_rows(self, index: int) -> Rows:
         rows = self._cache.get(index)
         if rows is None:
             if len(self._cache) > 4:
@@ -156,12 +162,26 @@ class Earlier:
             usable = [self._present(name) for name in page.packs]
             rows = self._cache[index] = {}
             for path, own, members in page.dirs:
+                known = rows.setdefault(path, {})
                 for row in members if own is None else [own, *members]:
-                    content = row[CONTENT]
-                    numbers = content[::3] if isinstance(content, list) else ()
-                    if "hardlink" not in extra_of(row) and all(usable[number] for number in numbers):
-                        rows[path, row[NAME]] = row, pieces_of(row, page.packs) if numbers else []
+                    if _as_written(row, page.packs, usable):
+                        known[row[NAME]] = row
         return rows
+
+
+def _as_written(row: Row, packs: list[str], usable: list[bool]) -> bool:
+    """Give a decoded row the form that is written, in place. False where it cannot be used again."""
+    if len(row) > EXTRA and "hardlink" in row[EXTRA]:
+        return False
+    content = row[CONTENT]
+    if type(content) is not list:
+        return True
+    if len(content) == 3:  # most files
+        number, first, count = content
+        row[CONTENT] = [[packs[number], first, count]]
+        return usable[number]
+    row[CONTENT] = pieces_of(row, packs)
+    return all(usable[number] for number in content[::3])
 
 
 def load_directory(repository: Repository, source: str, name: str, size: int) -> tuple[Directory, PackRef]:

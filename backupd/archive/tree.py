@@ -13,6 +13,7 @@ from typing import Any
 
 from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
+from backupd.archive.earlier import Rows
 from backupd.archive.feed import LARGE, feed_large
 from backupd.archive.page import CONTENT, CTIME, SIZE, Pieces, Row, sort_key
 from backupd.archive.patterns import compile_patterns
@@ -37,6 +38,10 @@ _TAR_TYPES = {
 }
 
 
+class _Unreadable(Exception):
+    """A directory that cannot be read; why."""
+
+
 class TreeReader:
     """Reads a directory tree."""
 
@@ -50,6 +55,8 @@ class TreeReader:
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
         self._links: dict[int, str] = {}  # inode of a file with several names -> the first of them
         self._root = -1
+        self._listed = ("", 0)  # the directory at hand: its path, its inode when it was listed
+        self._incomplete = False  # something of the page at hand could not be read
 
     def read(self) -> Written:
         root = os.open(self._content.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -87,11 +94,14 @@ class TreeReader:
         old = self._writer.earlier.rows(first, last)
         started = time.time_ns()
         newest = 0
+        self._incomplete = False
         dirs: list[tuple[str, Row | None, list[Row]]] = []
         for block in page:
             rows = self._read_block(block, old)
             dirs.append(rows)
             newest = max(newest, max((row[CTIME] for row in rows[2]), default=0))
+        if self._incomplete:
+            digest = ""  # what was left out now is missed, and told, again next time
         if newest > started - _RACY_NS:
             digest = ""  # read again next time, whatever its tuples say
             for _, _, rows_ in dirs:
@@ -100,31 +110,50 @@ class TreeReader:
                         row[CTIME] = -1
         self._writer.add_page(dirs, digest, first)
 
-    def _read_block(
-        self, block: Block, old: dict[tuple[str, str], tuple[Row, Pieces]]
-    ) -> tuple[str, Row | None, list[Row]]:
+    def _read_block(self, block: Block, old: Rows) -> tuple[str, Row | None, list[Row]]:
         path, own, listing = block
+        if own is not None:
+            self._listed = (path, own[INODE])
+        known = old.get(path, {})
         rows: list[Row] = []
-        try:
-            directory = open_below(self._root, path)
-        except OSError as error:
-            self._writer.warn(f"{path}: {error.strerror}: what is in it was left out")
-            return path, ["", *own, None] if own is not None else None, rows
+        directory = -1
         try:
             for name, entry in listing:
-                known = old.get((path, name)) if old else None
-                row = self._reuse(path, name, entry, known) if known else None
-                if row is None:
+                row = known.get(name)
+                if row is None or not self._unchanged(path, name, entry, row):
+                    if directory < 0:  # where nothing changed, the directory is not opened either
+                        directory = self._open_directory(path)
                     row = self._read_entry(directory, path, name, entry)
                 if row is not None:
                     rows.append(row)
-            return path, self._own_row(directory, path, own), rows
+            own_row = known.get("")
+            if own is None:
+                own_row = None
+            elif own_row is None or tuple(own_row[1:CONTENT]) != own:
+                if directory < 0:
+                    directory = self._open_directory(path)
+                own_row = self._own_row(directory, path, own)
+            return path, own_row, rows
+        except _Unreadable as error:
+            self._incomplete = True
+            self._writer.warn(f"{path}: {error}: what is in it was left out")
+            return path, ["", *own, None] if own is not None else None, rows
         finally:
-            os.close(directory)
+            if directory >= 0:
+                os.close(directory)
 
-    def _own_row(self, directory: int, path: str, own: StatTuple | None) -> Row | None:
-        if own is None:
-            return None
+    def _open_directory(self, path: str) -> int:
+        """The directory that was listed, and no other. Raises _Unreadable."""
+        try:
+            directory = open_below(self._root, path)
+        except OSError as error:
+            raise _Unreadable(error.strerror) from None
+        if self._listed != (path, os.fstat(directory).st_ino):
+            os.close(directory)
+            raise _Unreadable("was replaced while the tree was read")
+        return directory
+
+    def _own_row(self, directory: int, path: str, own: StatTuple) -> Row:
         row: Row = ["", *own, None]
         xattrs = read_xattrs(directory)
         if xattrs:
@@ -138,18 +167,14 @@ class TreeReader:
             )
         return row
 
-    def _reuse(self, path: str, name: str, entry: StatTuple, known: tuple[Row, Pieces]) -> Row | None:
-        """The row of the latest point, if nothing about the entry changed: it is not opened."""
-        row, pieces = known
+    def _unchanged(self, path: str, name: str, entry: StatTuple, row: Row) -> bool:
+        """Whether the row of the latest point can be taken over: then the entry is not opened."""
         if tuple(row[1:CONTENT]) != entry:
-            return None
+            return False
         if entry[_LINKS_COLUMN] > 1 and not stat.S_ISDIR(entry[0]):
             full = f"{path}/{name}" if path else name
-            if self._links.setdefault(entry[INODE], full) != full:
-                return None
-        if type(row[CONTENT]) is list:
-            return [name, *entry, pieces, *row[CONTENT + 1 :]]
-        return row
+            return self._links.setdefault(entry[INODE], full) == full
+        return True
 
     def _read_entry(self, directory: int, path: str, name: str, entry: StatTuple) -> Row | None:
         kind = entry[0] & 0o170000
@@ -166,6 +191,7 @@ class TreeReader:
             self._writer.warn(f"{full}: vanished while the tree was read")
         except (OSError, CaptureFailed) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
+            self._incomplete = True
             self._writer.warn(f"{full}: {reason}: left out")
         return None
 

@@ -28,7 +28,9 @@ class Broken(Exception):
 
 def _zstd_command(data):
     try:
-        done = subprocess.run(["zstd", "-dcq"], input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            ["zstd", "-dcq"], input=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+        )
     except FileNotFoundError:
         sys.exit("recover.py: no way to read zstd: install the program `zstd`, or `pip install zstandard`")
     if done.returncode:
@@ -156,7 +158,9 @@ class Repository:
         if (source, name) not in self.packs:
             if len(self.packs) > 30:
                 self.packs.clear()
-            self.packs[source, name] = Pack(os.path.join(self.root, "packs", source, *name.split("/")) + ".zst")
+            self.packs[source, name] = Pack(
+                os.path.join(self.root, "packs", source, *name.split("/")) + ".zst"
+            )
         return self.packs[source, name]
 
     def rows(self, source, manifest):
@@ -164,7 +168,9 @@ class Repository:
         names = [pack[0] for pack in manifest["packs"]]
         for page in manifest["pages"]:
             _, pack, offset, length = page[:4]
-            with open(os.path.join(self.root, "packs", source, *names[pack].split("/")) + ".zst", "rb") as file:
+            with open(
+                os.path.join(self.root, "packs", source, *names[pack].split("/")) + ".zst", "rb"
+            ) as file:
                 file.seek(offset)
                 data = json.loads(unpack(file.read(length)).decode())
             for path, own, rows in data["dirs"]:
@@ -264,7 +270,9 @@ def extract(repository, prefix, into, warn):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repository", default=os.path.dirname(os.path.abspath(__file__)))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
@@ -280,7 +288,10 @@ def main():
             for source, point, path in repository.manifests():
                 with open(path, "rb") as file:
                     info = json.loads(unpack(file.read()).decode())["point"]
-                print("%s  %-20s %-10s %s  %12d bytes" % (point, source, info["driver"], info["instant"], info["size"]))
+                print(
+                    "%s  %-20s %-10s %s  %12d bytes"
+                    % (point, source, info["driver"], info["instant"], info["size"])
+                )
         elif options.command == "ls":
             source, manifest = repository.manifest(options.point)
             for name, row, _ in repository.rows(source, manifest):

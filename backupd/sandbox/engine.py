@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TIMEOUT = 60  # seconds for an answer of the engine; streams have none
 PULL_STALL = 120.0  # seconds without a word from a registry
 PULL_LIMIT = 3600.0
+GIVE_UP = 30.0  # seconds to read on from a helper that is being removed
 HELPER = "backupd.helper"
 DOCKER_HOST_HINT = "start Docker, or set DOCKER_HOST; in a container, mount /var/run/docker.sock"
 
@@ -238,6 +239,9 @@ class Engine:
             with asking("wait for the helper"):
                 status = int(self.api.wait(identity)["StatusCode"])
         finally:
+            if wire is not None:
+                # The engine does not let go of a container whose output is stuck, so read on meanwhile.
+                threading.Thread(target=wire.drain, args=(GIVE_UP,), daemon=True).start()
             try:  # before its stdin is closed: half of its input must not look like the whole
                 with asking("remove the helper"), contextlib.suppress(_not_found()):
                     self.api.remove_container(identity, force=True, v=True)

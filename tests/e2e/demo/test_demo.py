@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -32,13 +33,15 @@ def _tell(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
 
 
-def _left(client: docker.DockerClient, tmp: Path) -> list[str]:
-    """What a demo might leave behind."""
+def _left(client: docker.DockerClient, tmp: Path, said: str) -> list[str]:
+    """What the demo that said this left behind."""
     ours: dict[str, str | list[str] | bool] = {"label": "backupd.sandbox"}
-    containers = [str(c.name) for c in client.containers.list(all=True, filters=ours, ignore_removed=True)]
-    volumes = [str(v.name) for v in client.volumes.list(filters=ours)]
-    names = [name for name in containers + volumes if "demo-" in name]
-    return names + [path.name for path in tmp.glob("backupd-demo-*")]
+    things: list[Any] = [*client.containers.list(all=True, filters=ours, ignore_removed=True)]
+    things += [*client.volumes.list(filters=ours), *client.networks.list(filters=ours)]
+    names = [str(thing.name) for thing in things]
+    mine = set(re.findall(r"demo-[0-9a-f]{6}", said))
+    found = [name for name in names if any(token in name for token in mine)]
+    return found + [path.name for path in tmp.glob("backupd-demo-*")]
 
 
 @pytest.mark.parametrize("options", [(), ("--embedded",)], ids=["containers", "embedded"])
@@ -52,7 +55,7 @@ def test_the_demo_brings_every_service_back_to_the_instant_and_leaves_nothing(
         assert re.search(rf"{service} +all [\d,]+ equal", ended.stdout), ended.stdout
         assert re.search(rf"{service} +differs in [1-9]", ended.stdout), ended.stdout
     assert "$ backupd restore productdemo --at 20" in ended.stdout
-    assert _left(docker_client, place) == []
+    assert _left(docker_client, place, ended.stdout) == []
 
 
 def test_an_interrupted_demo_leaves_nothing(docker_client: docker.DockerClient, place: Path) -> None:
@@ -61,14 +64,17 @@ def test_an_interrupted_demo_leaves_nothing(docker_client: docker.DockerClient, 
         [sys.executable, "-m", "backupd", "demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert demo.stdout is not None
+    said = ""
     for line in demo.stdout:
+        said += line
         if "$ backupd backup" in line:
             break
     time.sleep(0.3)
     demo.send_signal(signal.SIGTERM)
-    said = demo.stdout.read()
+    said += demo.stdout.read()
     assert demo.wait(60) == 130, said
-    assert _left(docker_client, place) == []
+    assert "demo-" in said
+    assert _left(docker_client, place, said) == []
 
 
 def test_a_service_that_came_back_wrong_fails_the_demo() -> None:
