@@ -56,7 +56,8 @@ def back_up(
         writer = ArchiveWriter(repository, source, point_id, progress=progress, stop=stop)
         latest = writer.earlier.latest
         progress.stage(f"{source}: capturing")
-        with driver.capture(latest.point if latest else None) as capture:
+        # A driver told of no earlier point has nothing to compare with: so it is when a person allows less.
+        with driver.capture(latest.point if latest and not allow_shrink else None) as capture:
             written = write_archive(writer, _without_repository(capture, repository))
         # The context has ended well: what made the bytes has said that they are all there.
         if not allow_shrink:

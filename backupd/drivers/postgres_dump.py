@@ -274,7 +274,7 @@ class Dump:
                 raise CaptureFailed(
                     "the server holds no table at all; it held "
                     f"{since.facts['tables']} on {since.instant:%Y-%m-%d %H:%M} UTC",
-                    hint=f"{EMPTY.hint} If it is meant to be empty, give this source another name",
+                    hint=f"{EMPTY.hint} If it is meant to be empty, run `backupd backup --allow-shrink` once",
                 )
         self.capture.facts.update(whole)
         if not self._source.facts:
