@@ -295,7 +295,8 @@ def test_weekdays_are_names() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [("0 3 * * 0", "0 3 * * SUN"), ("0 3 * * 7", "0 3 * * SUN"), ("0 3 * * 1-5", "0 3 * * MON-FRI"),
-     ("0 3 * * 5-7", "0 3 * * FRI,SAT,SUN"), ("5 4 * * 1,3", "5 4 * * MON,WED"), ("@daily", "0 0 * * *")],
+     ("0 3 * * 5-7", "0 3 * * FRI,SAT,SUN"), ("5 4 * * 1,3", "5 4 * * MON,WED"),
+     ("0 3 * * 1-7/2", "0 3 * * MON,WED,FRI,SUN"), ("0 3 * * 7/2", "0 3 * * SUN"), ("@daily", "0 0 * * *")],
 )  # fmt: skip
 def test_cron_lines_of_older_backup_containers_keep_their_meaning(text: str, named: str) -> None:
     """Where numbers are taken, they are cron's."""
@@ -320,6 +321,21 @@ def test_every_schedule_that_is_accepted_has_a_next_time(text: str, numbers: boo
         assert next(CronSim(accepted, datetime(2026, 1, 1, tzinfo=UTC)))
     except CronSimError as error:
         pytest.fail(f"{text!r} was accepted as {accepted!r}: {error}")
+
+
+_WEEKDAYS = st.from_regex(r"[0-7](-[0-7])?(/[1-7])?(,[0-7](-[0-7])?)?", fullmatch=True)
+
+
+@given(_WEEKDAYS)
+def test_naming_the_weekdays_changes_none_of_them(weekdays: str) -> None:
+    """The numbered line and the named one come due at the same times."""
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    try:
+        numbered = CronSim(f"0 2 * * {weekdays}", start)
+    except CronSimError:
+        return
+    named = CronSim(check_schedule(f"0 2 * * {weekdays}", weekday_numbers=True), start)
+    assert [next(numbered) for _ in range(8)] == [next(named) for _ in range(8)]
 
 
 @given(st.lists(_FIELD.filter(lambda f: f and f not in "x-"), min_size=5, max_size=5).map(" ".join))

@@ -147,9 +147,10 @@ def _name_weekdays(field: str) -> str:
     terms = []
     for term in field.split(","):
         span, slash, step = term.partition("/")
-        # A range that ends in 7 ends on Sunday after Saturday; names only run forward, so it is spelt out.
-        if re.fullmatch(r"[0-7]-7", span) and not slash:
-            terms += [WEEKDAYS[d % 7] for d in range(int(span[0]), 8)]
+        # What reaches 7 ends on the Sunday after Saturday; names only run forward, so its days are spelt out.
+        if re.fullmatch(r"(?:[0-7]-)?7", span):
+            days = range(int(span[0]), 8, int(step or 1))
+            terms += dict.fromkeys(WEEKDAYS[d % 7] for d in days)
         elif span.endswith("L"):
             terms.append(term)
         else:
