@@ -99,13 +99,15 @@ class TreeReader:
         for block in page:
             rows = self._read_block(block, old)
             dirs.append(rows)
-            newest = max(newest, max((row[CTIME] for row in rows[2]), default=0))
+            newest = max(
+                newest, max((row[CTIME] for row in rows[2]), default=0), rows[1][CTIME] if rows[1] else 0
+            )
         if self._incomplete:
             digest = ""  # what was left out now is missed, and told, again next time
         if newest > started - _RACY_NS:
             digest = ""  # read again next time, whatever its tuples say
-            for _, _, rows_ in dirs:
-                for row in rows_:
+            for _, own_row, rows_ in dirs:
+                for row in rows_ if own_row is None else [own_row, *rows_]:
                     if row[CTIME] > started - _RACY_NS:
                         row[CTIME] = -1
         self._writer.add_page(dirs, digest, first)
