@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import services as bed
 from commands import Home, InsideHome
 from hypothesis import given
 from hypothesis import strategies as st
@@ -369,6 +370,35 @@ def test_verify_names_what_is_damaged(home: Home) -> None:
     assert "DAMAGED: " in ended.out
     assert home.run("verify", "--data", "100%", "--json").json["problems"]
     assert home.run("verify", "other", "--data", "100%").code == 0
+
+
+# --- in a bucket -------------------------------------------------------------------------------------
+
+
+def test_a_repository_in_a_bucket_is_used_like_any_other(home: Home, s3_server: bed.S3Server) -> None:
+    """Made, filled, listed, checked, restored; and copied object by object into a directory it restores there."""
+    bucket = s3_server.new_bucket()
+    (home.path / "secret").write_text(f"{s3_server.secret_key}\n")
+    home.configure(
+        CONFIG.replace(
+            'location = "repo"',
+            f'location = "s3://{bucket}/pre/fix"\nendpoint_url = "{s3_server.endpoint}"\n'
+            f'access_key_id = "{s3_server.access_key}"\nsecret_access_key_file = "secret"',
+        )
+    )
+    home.ok("init")
+    home.ok("backup", "both")
+    home.ok("check")
+    home.ok("restore", "both", "--at", "latest", "--to", "dir:out")
+    assert (home.path / "out" / "data" / "deep" / "binary").read_bytes() == BINARY
+    client = s3_server.client()
+    for item in client.list_objects_v2(Bucket=bucket)["Contents"]:
+        copy = home.path / "copy" / item["Key"].removeprefix("pre/fix/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read())
+    home.ok("verify", "--data", "100%", "--repository", "copy")
+    home.ok("restore", "data", "--at", "latest", "--to", "dir:again", "--repository", "copy")
+    assert (home.path / "again" / "data" / "deep" / "binary").read_bytes() == BINARY
 
 
 # --- without a file ----------------------------------------------------------------------------------

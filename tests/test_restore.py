@@ -362,7 +362,10 @@ def test_facts_that_differ_are_named(before: dict[str, Json], after: dict[str, J
 
 
 def test_a_stack_comes_back_from_the_command_line(
-    tmp_path: Path, start_redis: StartService, services: object, docker_client: docker.DockerClient
+    tmp_path: Path,
+    start_redis: StartService,
+    start_container: StartService,
+    docker_client: docker.DockerClient,
 ) -> None:
     """Redis and a directory, an earlier state, fresh containers; equal facts; then the sandbox is removed."""
     server = start_redis()
@@ -403,6 +406,16 @@ def test_a_stack_comes_back_from_the_command_line(
         assert "already" in home.refused("restore", "shop", "--at", instant, "--name", name, code=1).message
         assert docker_client.containers.get(str(container.id)).status == "running", (
             "another's sandbox was destroyed"
+        )
+        fresh = start_container("redis:7", ["redis-server"], port=6379, start=False)
+        into_it = ("restore", "cache", "--at", instant, "--to", f"container:{fresh.name}")
+        home.ok(*into_it)
+        assert fresh.exec("redis-cli", "get", "greeting") == "hello\n"
+        assert (
+            "running"
+            in home.refused(
+                "restore", "cache", "--at", instant, "--to", f"container:{fresh.name}", code=2
+            ).message
         )
     finally:
         home.run("sandbox", "remove", name)

@@ -144,7 +144,7 @@ def _name_weekdays(field: str) -> str:
     def name(match: re.Match[str]) -> str:
         return WEEKDAYS[int(match[0]) % 7]
 
-    terms = []
+    terms: list[str] = []
     for term in field.split(","):
         span, slash, step = term.partition("/")
         # What reaches 7 ends on the Sunday after Saturday; names only run forward, so its days are spelt out.
