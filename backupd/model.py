@@ -218,8 +218,9 @@ class Archive(Protocol):
     def tar(self) -> Iterator[bytes]:
         """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly."""
 
-    def extract(self, into: Path) -> None:
-        """Write the tree under `into`, which must be empty or absent. Raises RestoreFailed, Damaged."""
+    def extract(self, into: Path) -> Sequence[str]:
+        """Write the tree under `into`, which must be empty or absent. Returns what the target could not take: an
+        owner without being root, an attribute its file system has no room for. Raises RestoreFailed, Damaged."""
 
 
 class Container(Protocol):

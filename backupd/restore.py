@@ -63,6 +63,8 @@ class Restored:
     address: tuple[str, int] | None = None
     """Where this machine reaches it."""
     image: str = ""
+    warnings: tuple[str, ...] = ()
+    """What the target could not take: an owner without being root, an attribute it has no room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class RestoreReport:
     @property
     def seconds(self) -> float:
         return (self.finished - self.started).total_seconds()
+
+    @property
+    def warned(self) -> bool:
+        """Something came back less than whole, and is named."""
+        return any(r.warnings for r in self.restored)
 
     @property
     def differences(self) -> dict[str, tuple[str, ...]]:
@@ -194,7 +201,8 @@ def _load(
         _start(container, spec, ready, progress)
         work.check()
     progress.stage("loading")
-    driver.load(_Told(archive, progress, work), container)
+    told = _Told(archive, progress, work)
+    driver.load(told, container)
     work.check()
     if spec.load_while == "stopped" and spec.service:
         _start(container, spec, ready, progress)
@@ -202,7 +210,14 @@ def _load(
     compared, differences = _compare_with_capture(step.point, driver, container)
     address = container.address(spec.port) if spec.port and container.running else None
     return Restored(
-        step, container.name, time.monotonic() - begun, compared, differences, address, container.image
+        step,
+        container.name,
+        time.monotonic() - begun,
+        compared,
+        differences,
+        address,
+        container.image,
+        tuple(told.warnings),
     )
 
 
@@ -257,7 +272,7 @@ def _into_directory(step: Step, into: Path, work: Work) -> Restored:
         ) from None
     try:
         progress.stage("writing files")
-        _Told(archive, progress, work).extract(partial)
+        warnings = _Told(archive, progress, work).extract(partial)
         work.check()
         if into.exists():
             into.rmdir()  # empty, as was checked; refuses when it no longer is
@@ -265,7 +280,7 @@ def _into_directory(step: Step, into: Path, work: Work) -> Restored:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # made above, by this call
         raise
-    return Restored(step, str(into), time.monotonic() - begun)
+    return Restored(step, str(into), time.monotonic() - begun, warnings=tuple(warnings))
 
 
 def _refuse_full(directory: Path) -> None:
@@ -383,6 +398,7 @@ class _Told:
 
     def __init__(self, archive: Archive, progress: Progress, work: Work) -> None:
         self._archive, self._progress, self._work = archive, progress, work
+        self.warnings: list[str] = []
 
     @property
     def point(self) -> RecoveryPoint:
@@ -397,9 +413,10 @@ class _Told:
     def tar(self) -> Iterator[bytes]:
         return self._count(self._archive.tar())
 
-    def extract(self, into: Path) -> None:
-        self._archive.extract(into)
+    def extract(self, into: Path) -> list[str]:
+        self.warnings += self._archive.extract(into)
         self._progress.advance(self.point.size, self.point.members)
+        return self.warnings
 
     def _count(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

@@ -49,10 +49,11 @@ class Held:
         for at in range(0, len(self.tar_bytes), 100_000):
             yield self.tar_bytes[at : at + 100_000]
 
-    def extract(self, into: Path) -> None:
+    def extract(self, into: Path) -> tuple[str, ...]:
         """As the archive does, near enough."""
         with tarfile.open(fileobj=io.BytesIO(self.tar_bytes)) as tar:
             tar.extractall(into, filter="fully_trusted")
+        return ()
 
 
 def take(driver: Driver) -> Held:

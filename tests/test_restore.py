@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import threading
@@ -440,3 +441,23 @@ def test_a_repository_alone_restores_on_a_machine_that_knows_nothing(tmp_path: P
     elsewhere.ok("restore", "--at", "latest", "--to", "dir:out", *at_hand)
     assert (elsewhere.path / "out" / "files" / "a.txt").read_text() == "hello"
     assert elsewhere.ok("cat", "files", "a.txt", *at_hand).raw == b"hello"
+
+
+def test_what_the_target_has_no_room_for_is_named(tmp_path: Path) -> None:
+    """Extended attributes onto a file system without any: the data comes back, the loss is told, exit code 3."""
+    home = InsideHome(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("hello")
+    os.setxattr(tmp_path / "data" / "a.txt", "user.note", b"kept")
+    home.configure('[repository]\nlocation = "repo"\n[sources.files]\ndriver = "volume"\npath = "data"')
+    home.ok("init")
+    home.ok("backup")
+    (tmp_path / "out").mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", tmp_path / "out"], check=True)
+    try:
+        done = home.run("restore", "--at", "latest", "--to", "dir:out")
+        assert (tmp_path / "out" / "files" / "a.txt").read_text() == "hello"
+    finally:
+        subprocess.run(["umount", tmp_path / "out"], check=True)
+    assert done.code == 3
+    assert "WARNING files: a.txt: its attribute user.note could not be set" in done.out

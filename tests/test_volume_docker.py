@@ -146,9 +146,10 @@ def test_a_restore_that_lost_a_file_is_no_success(
     archive = point_of(backed_up(of_path(every_kind), repository), repository)
 
     class Lossy(PointArchive):
-        def extract(self, into: Path) -> None:
-            super().extract(into)
+        def extract(self, into: Path) -> list[str]:
+            warnings = super().extract(into)
             (into / "many" / "0" / "file-000.txt").unlink()
+            return warnings
 
     lossy = Lossy(repository, repository.manifest(archive.point))
     driver = VolumeDriver(VolumeSettings(path=every_kind, helper_image=HELPER), engine)

@@ -62,8 +62,6 @@ class PointArchive:
         self._manifest = manifest
         self._progress = progress or Silence()
         self.frames = FrameReader(repository, manifest)
-        self.warnings: list[str] = []
-        """What `extract` could not set: an owner without being root, an xattr the file system has no room for."""
 
     @property
     def point(self) -> RecoveryPoint:
@@ -104,12 +102,12 @@ class PointArchive:
                 yield bytes(part)
         yield bytes(pad) + tar.END
 
-    def extract(self, into: Path) -> None:
+    def extract(self, into: Path) -> list[str]:
         from backupd.archive.extract import Extraction
 
         extraction = Extraction(into, self.frames, self._progress)
         extraction.run(self.pages())
-        self.warnings += extraction.warnings
+        return extraction.warnings
 
     # --- inside ------------------------------------------------------------------------------------------
 

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import click
 
-from backupd.cli.failure import conclude
+from backupd.cli.failure import WARNED, conclude
 from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
 from backupd.plan import LATEST, RestorePlan, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
+
+_SHOWN = 20  # warnings a source; --json has them all
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -136,7 +138,8 @@ def restore_command(
     """Bring sources and stacks back as they were at T; everything that has a recovery point when none is named.
 
     A restore never deletes and never writes over anything. What it brought back is compared with what was
-    measured at capture; exit code 1 when anything differs, with all of it named.
+    measured at capture; exit code 1 when anything differs, 3 when the target could not take an owner or an
+    attribute, with all of it named.
     """
     made = _plan(session, names, at, max_skew, point)
     name = name or _sandbox_name(session.agent.clock())
@@ -155,7 +158,7 @@ def restore_command(
                 hint="the differences are listed above; what was restored is still there to be looked at",
             )
         )
-    return 0
+    return WARNED if report.warned else 0
 
 
 def _sandbox_name(now: datetime) -> str:
@@ -171,6 +174,10 @@ def _print_report(report: RestoreReport, session: Session) -> None:
     for restored in report.restored:
         for difference in restored.differences:
             print(printable(f"DIFFERS {restored.step.source}: {difference}"))
+        for warning in restored.warnings[:_SHOWN]:
+            print(printable(f"WARNING {restored.step.source}: {warning}"))
+        if len(restored.warnings) > _SHOWN:
+            print(f"WARNING {restored.step.source}: and {len(restored.warnings) - _SHOWN} more like these")
     note(session, f"restored to {report.target}: {size(report.plan.size)} in {seconds(report.seconds)}")
     if report.target.startswith("sandbox "):
         name = report.target.removeprefix("sandbox ")
@@ -202,7 +209,7 @@ def _report_json(report: RestoreReport) -> dict[str, object]:
         "plan": plain(_plan_json(report.plan)),
         "restored": [
             {"source": r.step.source, "where": r.where, "seconds": r.seconds, "compared": r.compared,
-             "differences": r.differences, "address": r.address, "image": r.image}
+             "differences": r.differences, "warnings": r.warnings, "address": r.address, "image": r.image}
             for r in report.restored
         ],
     }  # fmt: skip

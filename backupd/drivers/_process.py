@@ -157,7 +157,7 @@ class _Feeder:
                 close()
 
     def finish(self) -> None:
-        self._thread.join(timeout=GRACE)  # it may be waiting for its own source; it is a daemon
+        self._thread.join(timeout=0.5)  # it may be waiting for its own source; it is a daemon
 
 
 def _write(pipe: io.FileIO, chunk: bytes) -> bool:

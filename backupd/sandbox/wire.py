@@ -163,4 +163,4 @@ class Hijacked:
         with contextlib.suppress(OSError):
             self._socket.close()
         if self._feeder is not None and self._feeder is not threading.current_thread():
-            self._feeder.join(timeout=5)  # it may be waiting for its own source; it is a daemon
+            self._feeder.join(timeout=0.5)  # it may be waiting for its own source; it is a daemon

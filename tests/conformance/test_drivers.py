@@ -115,12 +115,12 @@ def make_chroma(services: bed.Services) -> Case:
 
 
 def make_volume(services: bed.Services) -> Case:
-    """A few files and a link, behind a helper container."""
+    """A few files and a link in a Docker volume."""
     volume = services.volume()
     writer = services.container(bed.REDIS_IMAGE, ["sleep", "1000"], volumes={volume: "/v"}, init=True)
     writer.exec("sh", "-c", "mkdir -p /v/a/b; echo x > /v/a/b/file; ln -s file /v/a/b/link; touch /v/empty")
     return Case(
-        VolumeSource(volume=volume, read_through="helper", helper_image=bed.REDIS_IMAGE),
+        VolumeSource(volume=volume, helper_image=bed.REDIS_IMAGE),
         VolumeSource(volume="backupd-nosuch"),
         lambda: writer.exec("sh", "-c", "echo more > /v/more"),
     )
@@ -178,7 +178,7 @@ def test_the_table_names_every_driver() -> None:
     """Each has a case here, and a kind nobody brings is refused with the list."""
     assert sorted(DRIVERS) == sorted(MAKERS)
     with pytest.raises(UsageError, match="no driver 'nosuch'") as failure:
-        make_driver(SourceConfig.model_construct(driver="nosuch"), ENGINE)  # type: ignore[call-arg]
+        make_driver(RedisSource.model_construct(driver="nosuch"), ENGINE)  # type: ignore[arg-type]
     assert "postgres" in failure.value.hint
 
 
