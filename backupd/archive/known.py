@@ -23,7 +23,8 @@ LIMIT = 1_500_000
 class KnownContent:
     """Digest -> (pack, blob). One writer; readers may look up meanwhile and at worst miss what is just coming."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, *, expected: int = 0) -> None:
+        """`expected` blobs fit before the table has to be made again."""
         self._limit = limit
         self._rows = bytearray()
         # Runs of rows that are neighbours in their pack: the first row of each; its pack, and what to add to a
@@ -31,7 +32,7 @@ class KnownContent:
         self._starts: list[int] = []
         self._runs: list[tuple[str, int]] = []
         self._count = 0
-        self._slots = array("I", bytes(4 << 15))
+        self._slots = _empty(max(min(expected, limit), 1 << 14))
 
     def __len__(self) -> int:
         return self._count
@@ -52,10 +53,7 @@ class KnownContent:
             self._starts.append(start)
         self._rows += memoryview(blobs)[: (end - start) * _ROW]
         if end * 2 > len(self._slots):
-            size = len(self._slots)
-            while size < end * 2:
-                size *= 2
-            slots = array("I", bytes(4 * size))
+            slots = _empty(end * 2)
             self._enter(slots, 0, end)
             self._slots = slots  # swapped in whole: a reader sees the old table or the new one
         else:
@@ -87,3 +85,8 @@ class KnownContent:
             while slots[slot]:
                 slot = (slot + 1) & mask
             slots[slot] = position
+
+
+def _empty(count: int) -> array[int]:
+    """Slots for `count` rows, at most half of them to be filled."""
+    return array("I", bytes(4 << (count * 2 - 1).bit_length()))
