@@ -29,7 +29,11 @@ FRAME_SIZE = 2 << 20
 SLAB_SIZE = FRAME_SIZE + (1 << 20) + (1 << 18)
 """A slab is submitted when it reaches FRAME_SIZE; the rest is room for one more small file and its header."""
 PACK_SIZE = 16 << 20
-_IN_FLIGHT = 12
+_IN_FLIGHT = 6
+"""Frames, and pages that came alone, between the reader and their place in a pack."""
+_MOST_ROWS = 4096
+"""Members of pages that wait for one frame, of some 1.2 KB each: where little of much changed, a frame would not
+fill before thousands of pages wait for it."""
 
 
 class Slab:
@@ -112,6 +116,7 @@ class Pipeline:
         self.packs: list[PackRef] = []
         self.pages: list[PageRef | None] = []
         self._current: Slab | None = None
+        self._rows = 0  # of the pages that wait for it
         self._threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(workers)]
         self._threads.append(threading.Thread(target=self._writer, daemon=True))
         for thread in self._threads:
@@ -138,7 +143,7 @@ class Pipeline:
 
     def submit(self) -> None:
         """Send the slab being filled on its way."""
-        slab, self._current = self._current, None
+        slab, self._current, self._rows = self._current, None, 0
         if slab is None:
             return
         self._flight.acquire()
@@ -150,9 +155,13 @@ class Pipeline:
     def add_page(self, draft: PageDraft) -> None:
         """A page whose content was given before."""
         if self._current is None:
+            self._flight.acquire()
             self._ordered.put(draft)
-        else:
-            self._current.pages.append(draft)
+            return
+        self._current.pages.append(draft)
+        self._rows += draft.members
+        if self._rows >= _MOST_ROWS:
+            self.submit()
 
     def slot(self, page: PageRef | None = None) -> int:
         """Keep a place in the row of pages, or fill it at once with one that is taken over."""
@@ -245,8 +254,7 @@ class Pipeline:
             except BaseException as error:  # noqa: BLE001 - told to the reader, who raises it
                 self._fail(error)
             finally:
-                if isinstance(item, _Frame):
-                    self._flight.release()
+                self._flight.release()
         try:
             if self._failure is None and self._pack.size:
                 self._finish_pack()
@@ -290,11 +298,11 @@ class Pipeline:
         self.pages[draft.slot] = page
 
     def _finish_pack(self) -> None:
+        self._putting.acquire()  # before the parts are put together: a slow store must not find them twice
         pack, self._pack = self._pack, PackBuilder(next(self._names))
         data, directory = pack.finish(self._codec)
         digest = self._codec.digest(data[-directory:]).hex()
         self.packs.append(PackRef(pack.name, len(data), directory, digest))
-        self._putting.acquire()
         self._putters.submit(self._put_pack, pack.name, data)
 
     def _put_pack(self, name: str, data: bytes) -> None:
