@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=["trees", "postgres", "start", []], help="else all")
+    parser.add_argument("parts", nargs="*", metavar="trees|postgres|start", help="else all")
     parser.add_argument("--files", type=int, help="in the tree (60000)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tools", help="comma-separated, of backupd, restic, borg, tar|zstd")
@@ -62,6 +62,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", metavar="DIR", help="a directory on a disk (~/.cache)")
     parser.add_argument("--no-install", action="store_true", help="do not install restic and borg")
     options = parser.parse_args(argv)
+    for part in set(options.parts) - {"trees", "postgres", "start"}:
+        parser.error(f"there is no part {part!r}")
     if options.small:
         options.rounds = 1
     options.files = options.files or (400 if options.small else 60_000)

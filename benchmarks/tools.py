@@ -15,7 +15,10 @@ from typing import Protocol
 
 from benchmarks.corpus import tree_size
 
-_BACKUPD = str(Path(sys.executable).with_name("backupd"))
+
+def backupd_argv() -> list[str]:
+    """The command of the environment that runs the benchmark."""
+    return [str(Path(sys.executable).with_name("backupd"))]
 
 
 @dataclass(slots=True)
@@ -62,13 +65,14 @@ def _first_line(argv: Sequence[str]) -> str:
     return said.splitlines()[0]
 
 
-def _clean_env(bench: Bench, **more: str) -> dict[str, str]:
+def clean_env(base: Path, **more: str) -> dict[str, str]:
     """Nothing of this machine's user: no configuration, no cache of an earlier run."""
     return {
         "PATH": os.environ["PATH"],
-        "HOME": str(bench.base),
-        "TMPDIR": str(bench.base),
+        "HOME": str(base),
+        "TMPDIR": str(base),
         "LC_ALL": "C.UTF-8",
+        **{name: os.environ[name] for name in ("DOCKER_HOST",) if name in os.environ},
         **more,
     }
 
@@ -79,14 +83,14 @@ class Backupd:
 
     name: str = "backupd"
     note: str = "zstd 3, no encryption; every blob named by BLAKE3 and compared on restore"
-    argv: list[str] = field(default_factory=lambda: [_BACKUPD])
+    argv: list[str] = field(default_factory=backupd_argv)
 
     def version(self) -> str:
         return _first_line([*self.argv, "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
-        return _clean_env(
-            bench, BACKUPD_CONFIG=str(bench.base / "backupd.toml"), XDG_STATE_HOME=str(bench.base)
+        return clean_env(
+            bench.base, BACKUPD_CONFIG=str(bench.base / "backupd.toml"), XDG_STATE_HOME=str(bench.base)
         )
 
     def init(self, bench: Bench) -> list[str]:
@@ -118,8 +122,8 @@ class Restic:
         return _first_line(["restic", "version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
-        return _clean_env(
-            bench,
+        return clean_env(
+            bench.base,
             RESTIC_REPOSITORY=str(bench.repository),
             RESTIC_PASSWORD="benchmark",
             RESTIC_CACHE_DIR=str(bench.base / "cache"),
@@ -149,8 +153,8 @@ class Borg:
         return _first_line(["borg", "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
-        return _clean_env(
-            bench,
+        return clean_env(
+            bench.base,
             BORG_REPO=str(bench.repository),
             BORG_BASE_DIR=str(bench.base),
             BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK="yes",
@@ -184,7 +188,7 @@ class TarZstd:
         return f"{tar}, zstd {number[0] if number else ''}" if tar and zstd else ""
 
     def env(self, bench: Bench) -> dict[str, str]:
-        return _clean_env(bench)
+        return clean_env(bench.base)
 
     def init(self, bench: Bench) -> list[str]:
         return ["mkdir", str(bench.repository)]
