@@ -126,8 +126,9 @@ def test_a_source_that_breaks_ends_the_program_before_it_sees_an_end(box: Docker
         time.sleep(0.2)
         raise Damaged("a pack is not what it was")
 
-    with pytest.raises(Damaged, match="a pack"):
-        list(box.exec(sh("cat > /tmp/half && touch /tmp/complete"), stdin=broken()))
+    for _ in range(3):
+        with pytest.raises(Damaged, match="a pack"):
+            list(box.exec(sh("tee /tmp/half && touch /tmp/complete"), stdin=broken()))
     assert b"".join(box.exec(sh("cd /tmp; ls; cat half"))) == b"half\nfirst half"
 
 
@@ -299,9 +300,10 @@ def test_the_engine_lists_what_discovery_needs(services: bed.Services) -> None:
 # --- helpers --------------------------------------------------------------------------------------------
 
 
-def helpers() -> int:
-    """How many are there."""
-    return len(ENGINE.api.containers(all=True, filters={"label": "backupd.helper=1"}))
+def helpers(mark: str) -> list[str]:
+    """Those whose command holds `mark`: other tests have helpers at the same time."""
+    rows = ENGINE.api.containers(all=True, filters={"label": "backupd.helper=1"})
+    return [row["Id"] for row in rows if mark in row["Command"]]
 
 
 def test_a_helper_reads_and_writes_a_volume(services: bed.Services) -> None:
@@ -319,33 +321,36 @@ def test_a_helper_reads_and_writes_a_volume(services: bed.Services) -> None:
 
 
 def test_a_helper_is_removed_however_it_ends(services: bed.Services) -> None:
-    """Badly, given up early, never started, with a source that broke."""
-    before = helpers()
-
-    def broken() -> Iterator[bytes]:
-        yield b"x"
-        raise Damaged("a pack is not what it was")
-
+    """Badly, given up early, never started."""
+    mark = f"mark{time.time_ns()}"
     with pytest.raises(CommandFailed, match="status 5: oh") as failure:
-        list(ENGINE.run_helper(bed.REDIS_IMAGE, sh("echo oh >&2; exit 5"), volumes={}))
+        list(ENGINE.run_helper(bed.REDIS_IMAGE, sh(f": {mark}; echo oh >&2; exit 5"), volumes={}))
     assert failure.value.returncode == 5
-    output = ENGINE.run_helper(bed.REDIS_IMAGE, ["yes"], volumes={})
+    output = ENGINE.run_helper(bed.REDIS_IMAGE, ["yes", mark], volumes={})
     next(output)
+    assert len(helpers(mark)) == 1
     output.close()  # type: ignore[attr-defined]
     with pytest.raises(ContainerError, match="nosuch"):
-        list(ENGINE.run_helper(bed.REDIS_IMAGE, ["nosuch"], volumes={}))
-    volume = services.volume()
-    with pytest.raises(Damaged):
-        list(
-            ENGINE.run_helper(
-                bed.REDIS_IMAGE,
-                sh("cat && touch /v/complete"),
-                volumes={volume: ("/v", "rw")},
-                stdin=broken(),
-            )
-        )
-    assert list(ENGINE.run_helper(bed.REDIS_IMAGE, ["ls", "/v"], volumes={volume: ("/v", "ro")})) == []
-    assert helpers() == before
+        list(ENGINE.run_helper(bed.REDIS_IMAGE, ["nosuch", mark], volumes={}))
+    assert helpers(mark) == []
+
+
+def test_a_helper_whose_source_breaks_never_sees_an_end(services: bed.Services) -> None:
+    """It is removed first: half of a tree must not be unpacked as if it were the whole."""
+    volume, mark = services.volume(), f"mark{time.time_ns()}"
+
+    def broken() -> Iterator[bytes]:
+        yield b"first half"
+        time.sleep(0.2)
+        raise Damaged("a pack is not what it was")
+
+    script = sh(f": {mark}; tee /v/half && touch /v/complete")
+    for _ in range(3):
+        with pytest.raises(Damaged):
+            list(ENGINE.run_helper(bed.REDIS_IMAGE, script, volumes={volume: ("/v", "rw")}, stdin=broken()))
+    there = ENGINE.run_helper(bed.REDIS_IMAGE, ["ls", "/v"], volumes={volume: ("/v", "ro")})
+    assert b"".join(there) == b"half\n"
+    assert helpers(mark) == []
 
 
 def test_a_helper_makes_no_volume(docker_client: docker.DockerClient) -> None:

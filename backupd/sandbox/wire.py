@@ -8,7 +8,9 @@ many bytes; ours is stdin as it is. (Docker Engine API, "Attach to a container",
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -59,21 +61,22 @@ class Hijacked:
     """One program's stdin, stdout and stderr over a connection that the engine has handed over."""
 
     def __init__(self, response: Any) -> None:
-        # docker-py would hand out the naked socket, and with it lose what its buffered reader has already
-        # taken in behind the HTTP header: the first bytes, where the program is quick and the reader slow.
         self._response = response
-        self._reader: Any = getattr(response.raw._fp, "fp", None)
-        naked = getattr(getattr(self._reader, "raw", None), "_sock", None)
-        if naked is None or not hasattr(self._reader, "readinto1"):
+        reader = getattr(response.raw._fp, "fp", None)
+        naked = getattr(getattr(reader, "raw", None), "_sock", None)
+        if reader is None or naked is None:
             response.close()
             raise ContainerError(
                 "this way to the container engine carries no streams",
                 hint="set DOCKER_HOST to unix:///var/run/docker.sock or tcp://host:2376",
             )
         self._socket: socket.socket = naked
-        self._socket.settimeout(None)
+        # docker-py would hand out the naked socket, and with it lose what the reader of the HTTP header has
+        # already taken in behind it: the first bytes, where the program is quick and this process slow.
+        self._ahead = _taken_in(reader, naked)
         if self._socket.family != socket.AF_UNIX:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._wake, self._waker = socket.socketpair()
         self._said = Said()
         self._feeder: threading.Thread | None = None
         self.stdin_error: BaseException | None = None
@@ -101,9 +104,10 @@ class Hijacked:
                 socket.socket.shutdown(self._socket, socket.SHUT_WR)
         except BaseException as error:  # noqa: BLE001  handed to the thread that reads
             self.stdin_error = error
-            # Reading only: the program must not see an end of stdin and take half of its input for the whole.
+            # Only wake the reader. Whatever closes a side of the connection makes the engine close stdin, and
+            # the program would take half of its input for the whole.
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RD)
+                self._waker.sendall(b"!")
         finally:
             close = getattr(chunks, "close", None)
             if close is not None:
@@ -128,14 +132,16 @@ class Hijacked:
         if self.stdin_error is None and not frames.between_frames:
             raise ContainerError("the connection to the container engine broke in the middle of a stream")
 
-    def _receive(self, buffer: memoryview, deadline: float | None) -> int:
-        if deadline is not None:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
-            self._socket.settimeout(remaining)
+    def _receive(self, buffer: memoryview, deadline: float | None, *, wake: bool = True) -> int:
+        """Some bytes; 0 at the end, or when stdin broke and `wake` is true."""
+        if self._ahead:
+            size = min(len(self._ahead), len(buffer))
+            buffer[:size], self._ahead = self._ahead[:size], self._ahead[size:]
+            return size
         try:
-            return int(self._reader.readinto1(buffer))
+            if not self._has_bytes(deadline, wake=wake):
+                return 0
+            return self._socket.recv_into(buffer)
         except TimeoutError:
             raise
         except ConnectionResetError:
@@ -147,11 +153,26 @@ class Hijacked:
         except OSError as error:
             raise ContainerError(f"the connection to the container engine broke: {error}") from None
 
+    def _has_bytes(self, deadline: float | None, *, wake: bool) -> bool:
+        """Wait for the engine; False when stdin broke first. Raises TimeoutError."""
+        pending = getattr(self._socket, "pending", None)
+        if pending is not None and pending():
+            return True  # decrypted already: the socket itself will not say so
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if wake:
+            poll.register(self._wake, select.POLLIN)
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ready = [descriptor for descriptor, _ in poll.poll(remaining)]
+        if not ready:
+            raise TimeoutError
+        return self._wake.fileno() not in ready
+
     def drain(self, seconds: float) -> None:
         """Throw away what still comes, until the program ends its output or `seconds` are over."""
         deadline, buffer = time.monotonic() + seconds, memoryview(bytearray(RECEIVE))
         with contextlib.suppress(ContainerError, TimeoutError):
-            while self._receive(buffer, deadline):
+            while self._receive(buffer, deadline, wake=False):
                 pass
 
     def close(self) -> None:
@@ -162,5 +183,18 @@ class Hijacked:
             self._response.close()
         with contextlib.suppress(OSError):
             self._socket.close()
+        self._wake.close()
+        self._waker.close()
         if self._feeder is not None and self._feeder is not threading.current_thread():
             self._feeder.join(timeout=0.5)  # it may be waiting for its own source; it is a daemon
+
+
+def _taken_in(reader: Any, naked: socket.socket) -> bytes:
+    """What a buffered reader holds, without waiting for more. The socket blocks afterwards."""
+    naked.setblocking(False)
+    try:
+        return bytes(reader.read1(1 << 20) or b"")
+    except (ssl.SSLWantReadError, BlockingIOError):
+        return b""
+    finally:
+        naked.settimeout(None)
