@@ -12,7 +12,7 @@ from pathlib import Path
 
 from backupd.archive import ArchiveWriter, Written, write_archive
 from backupd.archive.patterns import escape
-from backupd.errors import CaptureFailed, Locked, StoreError
+from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Locked, StoreError
 from backupd.model import (
     Capture,
     Clock,
@@ -57,8 +57,11 @@ def back_up(
         latest = writer.earlier.latest
         progress.stage(f"{source}: capturing")
         # A driver told of no earlier point has nothing to compare with: so it is when a person allows less.
-        with driver.capture(latest.point if latest and not allow_shrink else None) as capture:
-            written = write_archive(writer, _without_repository(capture, repository))
+        try:
+            with driver.capture(latest.point if latest and not allow_shrink else None) as capture:
+                written = write_archive(writer, _without_repository(capture, repository))
+        except (CommandFailed, ContainerError) as error:
+            raise CaptureFailed(error.message, hint=error.hint) from error
         # The context has ended well: what made the bytes has said that they are all there.
         if not allow_shrink:
             _check_size(source, written, latest.point if latest else None)
@@ -129,8 +132,9 @@ def _without_repository(capture: Capture, repository: Repository) -> Content:
 def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:
     """Empty, or a tenth of what it was: a failure until a person says otherwise."""
     if written.size == 0:
+        unread = f" ({written.warnings[0]})" if written.warnings else ""
         raise CaptureFailed(
-            f"{source} is empty: no file in it has any content",
+            f"{source} is empty: no file in it has any content{unread}",
             hint="is it the right place, and mounted? if it is meant to be empty, run `backupd backup --allow-shrink`",
         )
     if latest is not None and latest.size > _MATTERS and written.size * _SHRANK < latest.size:

@@ -123,7 +123,7 @@ def test_a_dump_that_is_killed_half_way_leaves_the_one_before_as_the_latest() ->
         yield whole[:15_000_000][::-1]
         raise CommandFailed("pg_dump was killed by SIGKILL", returncode=-9)
 
-    with pytest.raises(CommandFailed):
+    with pytest.raises(CaptureFailed, match="killed by SIGKILL"):
         run(engine, lambda: Streams([Stream("a.dump", dies())]))
     assert {info.key for info in engine.store.list("points/")} == before
     assert [p.id for p in engine.repository.points()] == [good.point]

@@ -135,8 +135,11 @@ def test_docker_stop_ends_the_agent_at_once(agent_image: str, services: bed.Serv
         agent_image,
         env={"BACKUP_SCHEDULE": "0 3 * * *"},
         volumes={services.volume(): "/backup/data"},
+        start=False,
         **HARDENED,
     )
+    put(made, "/backup/data", {"file": b"something"})  # the first backup begins at once, and an empty place fails
+    made.container.start()
     wait_for(lambda: made.container.exec_run(_ask_health).exit_code == 0, 60, made, "the agent")
     started = time.monotonic()
     made.container.stop(timeout=30)
