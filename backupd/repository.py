@@ -190,6 +190,10 @@ class Repository:
         data = json.dumps(encode_manifest(manifest), separators=(",", ":")).encode()
         self.store.put(point_key(manifest.point), self.codec.encode(data))
 
+    def point_ids(self, source: str) -> set[str]:
+        """Of every point of a source, readable or not: the first part of the names of the packs its run wrote."""
+        return {_parse_point_key(info.key)[2] for info in self._point_objects(source)}
+
     def point_keys(self, source: str) -> list[str]:
         """Of every manifest of a source, oldest start first, readable or not."""
         return [info.key for info in self._point_objects(source)]

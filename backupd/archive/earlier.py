@@ -128,8 +128,7 @@ class Earlier:
 
     @cached_property
     def _live_points(self) -> set[str]:
-        prefix = f"points/{self._source}/"
-        return {info.key.split("-")[-1].split(".")[0] for info in self._repository.store.list(prefix)}
+        return self._repository.point_ids(self._source)
 
     def _find_orphans(self) -> set[str]:
         if not self._objects or not any(name not in self._refs for name in self._objects):
