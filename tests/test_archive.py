@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import describe, make_beyond_path_max, make_every_kind
 
+from backupd.archive.extract import Extraction
+from backupd.archive.frames import FrameReader
+from backupd.archive.page import Page
 from backupd.errors import CommandFailed, Damaged, Interrupted, NoRecoveryPoint, RestoreFailed
-from backupd.model import MemberType, Stream, Streams, TarStream
+from backupd.model import MemberType, Silence, Stream, Streams, TarStream
 from backupd.stores import LocalStore
 
 
@@ -362,6 +365,36 @@ def test_a_flipped_byte_anywhere_in_a_pack_is_found_before_it_is_handed_out(
         else:
             assert found == wanted  # the byte was padding or a tar header of the plain first run
     assert caught > 50
+
+
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [
+        ("", ["stolen", 0o100644, 0, 0, 0, 0, 0, 0, 2, None, {"hardlink": "way/secret"}]),
+        ("way", ["planted", 0o100644, 0, 0, 0, 0, 0, 0, 1, []]),
+        ("way/deeper", ["planted", 0o100644, 0, 0, 0, 0, 0, 0, 1, []]),
+    ],
+    ids=["hard link", "file", "directory"],
+)
+def test_no_forged_index_leads_through_a_symlink_out_of_the_target(
+    tmp_path: Path, path: str, row: list[Any]
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("not yours")
+    engine = Engine()
+    engine.write(Streams([Stream("a", iter([b"x"]))]))
+    manifest = engine.repository.manifests("tree")[0]
+    way = ["way", 0o120777, 0, 0, 0, 0, 0, 0, 1, str(outside)]
+    first, second = Page([], [("", None, [way])]), Page([], [(path, None, [row])])
+    extraction = Extraction(tmp_path / "target", FrameReader(engine.repository, manifest), Silence())
+    many = [
+        Page([], [("", None, [[f"{n}", *way[1:]] for n in range(20_000)])])
+    ]  # so that the symlink is there by then
+    with pytest.raises((Damaged, RestoreFailed)):
+        extraction.run([first, *many, second])
+    assert sorted(p.name for p in outside.iterdir()) == ["secret"]
+    assert not (tmp_path / "target" / "stolen").exists()
 
 
 def test_a_restore_into_a_directory_that_holds_something_is_refused(every_kind: Path, tmp_path: Path) -> None:

@@ -133,6 +133,13 @@ def test_a_name_that_leads_elsewhere_is_damage(name: str) -> None:
         decode_page(json.dumps({"packs": [], "dirs": [["", None, [row]]]}).encode())
 
 
+@pytest.mark.parametrize("first", ["../../etc/passwd", "/etc/passwd", "a/../../b"])
+def test_a_hard_link_to_elsewhere_is_damage(first: str) -> None:
+    row = ["name", 0o100644, 0, 0, 0, 0, 0, 0, 2, None, {"hardlink": first}]
+    with pytest.raises(Damaged):
+        decode_page(json.dumps({"packs": [], "dirs": [["", None, [row]]]}).encode())
+
+
 @pytest.mark.parametrize("path", ["..", "a/../b", "/etc", "a//b", "a/", "./a"])
 def test_a_path_that_leads_elsewhere_is_damage(path: str) -> None:
     with pytest.raises(Damaged):

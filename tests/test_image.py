@@ -138,7 +138,9 @@ def test_docker_stop_ends_the_agent_at_once(agent_image: str, services: bed.Serv
         start=False,
         **HARDENED,
     )
-    put(made, "/backup/data", {"file": b"something"})  # the first backup begins at once, and an empty place fails
+    put(
+        made, "/backup/data", {"file": b"something"}
+    )  # the first backup begins at once, and an empty place fails
     made.container.start()
     wait_for(lambda: made.container.exec_run(_ask_health).exit_code == 0, 60, made, "the agent")
     started = time.monotonic()

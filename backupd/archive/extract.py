@@ -309,7 +309,12 @@ class Extraction:
         path = self._path(name)
         kind = stat.S_IFMT(row[MODE])
         if "hardlink" in extra:
-            os.link(self._path(extra["hardlink"]), path, follow_symlinks=False)
+            first = str(extra["hardlink"])
+            if first.rpartition("/")[0] not in self._made:  # through a symlink it could lead anywhere
+                raise Damaged(
+                    f"the index names {first!r} as the first name of {name!r}, and it is not in the tree"
+                )
+            os.link(self._path(first), path, follow_symlinks=False)
             return
         if kind == stat.S_IFLNK:
             os.symlink(row[CONTENT], path)

@@ -72,6 +72,8 @@ def decode_page(data: bytes) -> Page:
                     raise ValueError("a row has the wrong length")
                 if row is not own:
                     _check_name(row[NAME])
+                if len(row) > EXTRA and "hardlink" in row[EXTRA]:
+                    _check_path(row[EXTRA]["hardlink"])
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Damaged(f"an index page cannot be read: {error}") from None
     return Page(packs, dirs)

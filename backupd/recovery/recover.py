@@ -256,8 +256,8 @@ def extract(repository, prefix, into, warn):
             except PermissionError:
                 warn("%r: only root can make a device" % target)
         count += 1
-    # Links last: nothing is ever written through one of them.
-    for target, row in later:
+    # Links last, symlinks last of all: nothing is ever written or linked through one of them.
+    for target, row in sorted(later, key=lambda item: stat.S_ISLNK(item[1][1])):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if "hardlink" in extra(row):
             os.link(os.path.join(into, safe(extra(row)["hardlink"])), target, follow_symlinks=False)
