@@ -31,8 +31,8 @@ from backupd.archive.page import (
     extra_of,
     is_file,
     pieces_of,
+    xattrs_of,
 )
-from backupd.archive.read import xattrs_of
 from backupd.archive.scan import open_below
 from backupd.errors import Damaged, RestoreFailed
 from backupd.model import Progress

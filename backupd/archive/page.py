@@ -12,7 +12,9 @@ Undecodable bytes in names are lone surrogates (PEP 383), escaped in the JSON.
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +89,16 @@ def pieces_of(row: Row, packs: Sequence[str]) -> Pieces:
 
 def extra_of(row: Row) -> dict[str, Any]:
     return row[EXTRA] if len(row) > EXTRA else {}
+
+
+def encode_xattrs(xattrs: dict[bytes, bytes]) -> dict[str, str]:
+    """As EXTRA holds them."""
+    return {os.fsdecode(name): base64.b64encode(value).decode() for name, value in xattrs.items()}
+
+
+def xattrs_of(row: Row) -> dict[bytes, bytes]:
+    found = extra_of(row).get("xattrs", {})
+    return {os.fsencode(name): base64.b64decode(value) for name, value in found.items()}
 
 
 def is_file(row: Row) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import bisect
 import os
 import stat
@@ -28,6 +27,7 @@ from backupd.archive.page import (
     is_file,
     pieces_of,
     sort_key,
+    xattrs_of,
 )
 from backupd.errors import NoRecoveryPoint
 from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
@@ -167,11 +167,6 @@ def member_of(path: str, row: Row) -> Member:
     return Member(
         full_name(path, row), kind, size, stat.S_IMODE(row[MODE]), row[UID], row[GID], row[MTIME], link
     )
-
-
-def xattrs_of(row: Row) -> dict[bytes, bytes]:
-    found = extra_of(row).get("xattrs", {})
-    return {os.fsencode(name): base64.b64decode(value) for name, value in found.items()}
 
 
 def _stored_size(row: Row) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import marshal
 import os
@@ -15,11 +14,11 @@ from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.earlier import Rows
 from backupd.archive.feed import LARGE, feed_large
-from backupd.archive.page import CONTENT, CTIME, SIZE, Pieces, Row, sort_key
+from backupd.archive.page import CONTENT, CTIME, SIZE, Pieces, Row, encode_xattrs, sort_key
 from backupd.archive.patterns import compile_patterns
 from backupd.archive.pipeline import FRAME_SIZE
 from backupd.archive.scan import INODE, Block, Scan, StatTuple, open_below, stat_tuple
-from backupd.archive.write import ArchiveWriter, Written
+from backupd.archive.writer import ArchiveWriter, Written
 from backupd.errors import CaptureFailed
 from backupd.model import Tree
 
@@ -462,7 +461,3 @@ def read_xattrs(target: int | str) -> dict[bytes, bytes]:
         except OSError:  # gone meanwhile, or not ours to read
             continue
     return found
-
-
-def encode_xattrs(xattrs: dict[bytes, bytes]) -> dict[str, str]:
-    return {os.fsdecode(name): base64.b64encode(value).decode() for name, value in xattrs.items()}
