@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from backupd.archive.known import KnownContent
-from backupd.archive.pack import TAIL_SIZE, Directory, decode_directory, directory_length
+from backupd.archive.pack import TAIL_SIZE, Directory, decode_blobs, decode_directory, directory_length
 from backupd.archive.page import CONTENT, EXTRA, NAME, Page, Row, decode_page, pieces_of
 from backupd.archive.pipeline import page_from_row
 from backupd.errors import Damaged
@@ -106,10 +106,8 @@ class Earlier:
                 if known.full:
                     break
                 some = usable[start : start + _READERS * 4]
-                for name, directory in zip(some, readers.map(self._load, some), strict=True):
-                    if directory is not None:
-                        known.add_pack(name, directory.blobs)
-                    self._directories.pop(name, None)
+                for name, blobs in zip(some, readers.map(self._blobs, some), strict=True):
+                    known.add_pack(name, blobs)
         return known
 
     # --- inside ------------------------------------------------------------------------------------------
@@ -153,6 +151,18 @@ class Earlier:
         self._directories[name] = directory
         return directory
 
+    def _blobs(self, name: str) -> bytes | bytearray:
+        """The rows of a pack's directory; none where it cannot be read."""
+        found = self._directories.pop(name, None)
+        if found is not None:
+            return found.blobs
+        try:
+            frame = _directory_frame(self._repository, self._source, name, self._objects[name].size)
+            return decode_blobs(frame, self._repository.codec)
+        except Damaged as error:
+            self.skipped.append(f"the pack {name} is not used: {error.message}")
+            return b""
+
     def _page_rows(self, index: int) -> Rows:
         rows = self._cache.get(index)
         if rows is None:
@@ -190,6 +200,12 @@ def _as_written(row: Row, packs: list[str], usable: list[bool]) -> bool:
 
 def load_directory(repository: Repository, source: str, name: str, size: int) -> tuple[Directory, PackRef]:
     """Read a pack's directory by its object's size alone. Raises Damaged."""
+    frame = _directory_frame(repository, source, name, size)
+    directory = decode_directory(frame, repository.codec)
+    return directory, PackRef(name, size, len(frame), repository.codec.digest(frame).hex())
+
+
+def _directory_frame(repository: Repository, source: str, name: str, size: int) -> bytes:
     if size < TAIL_SIZE:
         raise Damaged(f"the pack {name} is too short")
     guess = min(size, 1 << 16)
@@ -199,9 +215,7 @@ def load_directory(repository: Repository, source: str, name: str, size: int) ->
         raise Damaged(f"the pack {name} is too short")
     if length > guess:
         end = repository.read_pack(source, name, size - length, length)
-    frame = end[-length:]
-    directory = decode_directory(frame, repository.codec)
-    return directory, PackRef(name, size, length, repository.codec.digest(frame).hex())
+    return end[-length:]
 
 
 def read_page(repository: Repository, source: str, ref: PageRef) -> Page:

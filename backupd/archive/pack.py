@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -84,21 +85,41 @@ def encode_directory(directory: Directory, codec: Codec) -> bytes:
 
 def decode_directory(frame: bytes, codec: Codec) -> Directory:
     """`frame` is the directory frame, which ends the pack. Raises Damaged."""
-    try:
-        magic, length = _SKIPPABLE.unpack_from(frame)
-        stored_length, size, mark = _TAIL.unpack_from(frame, len(frame) - TAIL_SIZE)
-        if magic != DIRECTORY_MAGIC or mark != _MARK or length != len(frame) - SKIPPABLE_HEADER:
-            raise ValueError("it does not look like one")
-        plain = codec.decode(frame[SKIPPABLE_HEADER : SKIPPABLE_HEADER + stored_length], size)
-        head_length, count = _HEAD.unpack_from(plain)
-        head = json.loads(plain[_HEAD.size : _HEAD.size + head_length])
-        blobs = plain[_HEAD.size + head_length :]
+    with _readable():
+        head_bytes, blobs = _parts(frame, codec)
+        head = json.loads(head_bytes)
         frames = [Frame(*(int(number) for number in row)) for row in head["frames"]]
-        if len(blobs) != count * BLOB.size or sum(f.blobs for f in frames) != count:
+        if sum(f.blobs for f in frames) * BLOB.size != len(blobs):
             raise ValueError("its table of blobs has the wrong length")
+        return Directory(frames, head["pages"], bytearray(blobs))
+
+
+def decode_blobs(frame: bytes, codec: Codec) -> bytes:
+    """The table of blobs alone, of a directory frame. Raises Damaged."""
+    with _readable():
+        return _parts(frame, codec)[1]
+
+
+def _parts(frame: bytes, codec: Codec) -> tuple[bytes, bytes]:
+    """Head and table of blobs."""
+    magic, length = _SKIPPABLE.unpack_from(frame)
+    stored_length, size, mark = _TAIL.unpack_from(frame, len(frame) - TAIL_SIZE)
+    if magic != DIRECTORY_MAGIC or mark != _MARK or length != len(frame) - SKIPPABLE_HEADER:
+        raise ValueError("it does not look like one")
+    plain = codec.decode(frame[SKIPPABLE_HEADER : SKIPPABLE_HEADER + stored_length], size)
+    head_length, count = _HEAD.unpack_from(plain)
+    blobs = plain[_HEAD.size + head_length :]
+    if len(blobs) != count * BLOB.size:
+        raise ValueError("its table of blobs has the wrong length")
+    return plain[_HEAD.size : _HEAD.size + head_length], blobs
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"the directory of a pack cannot be read: {error}") from None
-    return Directory(frames, head["pages"], bytearray(blobs))
 
 
 def directory_length(tail: bytes) -> int:

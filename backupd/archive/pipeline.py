@@ -105,8 +105,7 @@ class Pipeline:
         self._ended = False
         workers = max(1, len(os.sched_getaffinity(0)))
         self._free: queue.SimpleQueue[Slab] = queue.SimpleQueue()
-        for _ in range(workers + 2):
-            self._free.put(Slab())
+        self._unmade = workers + 2  # slabs: a small run needs one or two
         self._work: queue.SimpleQueue[tuple[Slab, _Frame] | None] = queue.SimpleQueue()
         self._ordered: queue.SimpleQueue[_Frame | PageDraft | None] = queue.SimpleQueue()
         self._flight = threading.BoundedSemaphore(_IN_FLIGHT)
@@ -131,10 +130,16 @@ class Pipeline:
             self.submit()
             slab = None
         if slab is None:
-            slab = self._current = self._free.get()
+            slab = self._current = self._take_slab()
             slab.clear()
             self.check()
         return slab
+
+    def _take_slab(self) -> Slab:
+        if self._unmade and self._free.empty():
+            self._unmade -= 1
+            return Slab()
+        return self._free.get()
 
     def filled(self) -> None:
         """Submit the slab if it has reached the size of a frame."""
