@@ -52,7 +52,7 @@ docker() {
 backupd() {
   command backupd "$@" || return
   if [ "$1" = init ]; then  # what others run on this engine is corrected away, as the page says
-    awk '/^\\[/ { keep = !/^\\[sources/ || /shop-/ } keep' backupd.toml > corrected
+    awk '/^\\[/ { keep = !/^\\[(sources|stacks)/ || /shop/ } keep' backupd.toml > corrected
     mv corrected backupd.toml
   fi
 }
