@@ -82,7 +82,7 @@ class Backupd:
     """The real command line, with a configuration file of one volume."""
 
     name: str = "backupd"
-    note: str = "zstd 3, no encryption; every blob named by BLAKE3 and compared on restore"
+    note: str = "zstd 2, no encryption; every blob named by BLAKE3 and compared on restore"
     argv: list[str] = field(default_factory=backupd_argv)
 
     def version(self) -> str:
