@@ -325,6 +325,7 @@ def test_an_interrupt_ends_it_cleanly_with_no_point(home: Home, number: signal.S
     assert process.stderr is not None
     line = process.stderr.readline()
     assert "capturing" in line
+    time.sleep(1)  # into the reading, which takes seconds
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
