@@ -310,8 +310,9 @@ def test_a_fault_of_our_own_is_no_traceback_unless_asked_for(home: Home) -> None
     assert "Traceback" in shown.stderr
 
 
+@pytest.mark.parametrize("after", [0, 0.003, 0.03, 1.0])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_it_cleanly_with_no_point(home: Home, number: signal.Signals) -> None:
+def test_an_interrupt_ends_it_cleanly_with_no_point(home: Home, number: signal.Signals, after: float) -> None:
     """Ctrl-C and SIGTERM: exit code 130, no traceback, no point, and the next backup is whole."""
     home.ok("init")
     with (home.path / "data" / "endless").open("wb") as file:
@@ -325,7 +326,7 @@ def test_an_interrupt_ends_it_cleanly_with_no_point(home: Home, number: signal.S
     assert process.stderr is not None
     line = process.stderr.readline()
     assert "capturing" in line
-    time.sleep(1)  # into the reading, which takes seconds
+    time.sleep(after)  # from the first moment on, to well into the reading, which takes seconds
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

@@ -220,6 +220,15 @@ def test_a_server_that_does_not_count_its_saves(
         assert taken.point.facts["persistent_keys"] == {"0": count}
 
 
+def test_a_dump_begun_at_the_turn_of_a_second_is_taken(start_redis: StartService, engine: Engine) -> None:
+    """It dates itself by the kernel's coarse clock, which may still show the second before."""
+    source = start_redis("--save", "")
+    client(source).set("k", "v")
+    for _ in range(5):
+        time.sleep(1 - time.time() % 1)
+        captured.take(driver(source, engine, way="wire"))
+
+
 def test_a_failed_save_fails_the_capture(start_redis: StartService, engine: Engine) -> None:
     """Its old dump.rdb stays readable all the while: status, not only presence, is looked at."""
     source = start_redis("--save", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 
 FAULT = "run it again with BACKUPD_DEBUG=1 for the details, and report them: it is a fault of backupd"
+
+_NAP = 0.2
+"""Seconds: the longest that an interrupt goes unheard while sources are backed up."""
 
 
 def utc_now() -> datetime:
@@ -354,7 +357,11 @@ class Agent:
 
         pool = ThreadPoolExecutor(min(self.config.serve.jobs, len(sources)), thread_name_prefix="backup")
         try:
-            outcomes = list(pool.map(log.carry(one), sources))
+            futures = [pool.submit(log.carry(one), source) for source in sources]
+            # A signal that comes just before the main thread sleeps does not wake it: so it sleeps in short naps.
+            while wait(futures, timeout=_NAP).not_done:
+                pass
+            outcomes = [future.result() for future in futures]
             pool.shutdown()
         except BaseException:
             self.stop.set()  # each stops at its next block, and leaves no point
