@@ -17,6 +17,9 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 Facts: TypeAlias = Mapping[str, Json]
 """What was true of a source at capture (row counts, key counts, digests): equal again after a restore."""
 
+Bytes: TypeAlias = "bytes | memoryview"
+"""Data to store; a view is the caller's again when the call returns."""
+
 Clock: TypeAlias = Callable[[], datetime]
 
 
@@ -42,7 +45,7 @@ class Store(Protocol):
     def location(self) -> str:
         """For people: `/srv/backups` or `s3://bucket/prefix`. Never holds a secret."""
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         """Store whole or not at all. Raises ObjectExists unless `overwrite`; of several at once one wins.
 
         After it returns, the object survives a crash and every later `get` and `list` sees it. One that

@@ -23,7 +23,7 @@ from typing import Any
 
 from backupd.codec import Codec, codec_named
 from backupd.errors import Damaged, NoRecoveryPoint, ObjectMissing, RepositoryMissing, UsageError
-from backupd.model import Clock, Lease, ObjectInfo, PointKind, RecoveryPoint, Store
+from backupd.model import Bytes, Clock, Lease, ObjectInfo, PointKind, RecoveryPoint, Store
 
 FORMAT = 1
 HEAD_KEY = "backupd-repository.json"
@@ -210,7 +210,7 @@ class Repository:
 
     # --- packs ----------------------------------------------------------------------------------------
 
-    def put_pack(self, source: str, name: str, data: bytes) -> None:
+    def put_pack(self, source: str, name: str, data: Bytes) -> None:
         self.store.put(pack_key(source, name), data)
 
     def read_pack(self, source: str, name: str, offset: int, length: int) -> bytes:

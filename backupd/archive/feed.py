@@ -48,7 +48,7 @@ def feed_large(
     for slab, start, count, lengths in _slabs(pipeline, fill, cutter, header, size):
         at = start
         for length in lengths:
-            slab.blobs.append((at, length, pieces))
+            slab.blobs.append((at, length, pieces, b""))
             at += length
         total += count
         slab.length = at
@@ -72,7 +72,7 @@ def feed_stream(
     ):
         at = start
         for length in lengths:
-            slab.blobs.append((at, length, pieces))
+            slab.blobs.append((at, length, pieces, b""))
             at += length
         total += count
         if part_header:

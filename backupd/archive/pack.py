@@ -131,33 +131,37 @@ def directory_length(tail: bytes) -> int:
 
 
 class PackBuilder:
-    """Collects frames and pages until a pack is full."""
+    """Collects frames and pages until a pack is full, in a buffer that the next pack uses again: frames that waited
+    as objects of their own would leave the heap in tatters, twice the pack's size in memory."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, buffer: bytearray | None = None) -> None:
         self.name = name
         self.directory = Directory()
         self.size = 0
-        self._parts: list[bytes] = []
+        self.buffer = bytearray() if buffer is None else buffer
 
     def add_frame(self, stored: bytes, size: int, blobs: Sequence[bytes]) -> int:
         """Append a content frame holding `blobs` (packed BLOB rows); the number of its first blob."""
         first = self.directory.count
         self.directory.frames.append(Frame(self.size, len(stored), size, len(blobs)))
         self.directory.blobs += b"".join(blobs)
-        self._parts.append(stored)
-        self.size += len(stored)
+        self._append(stored)
         return first
 
     def add_page(self, stored: bytes) -> int:
         """Append a page; where its payload begins."""
-        offset = self.size + SKIPPABLE_HEADER
-        self._parts.append(skippable(PAGE_MAGIC, stored))
-        self.size = offset + len(stored)
+        self._append(_SKIPPABLE.pack(PAGE_MAGIC, len(stored)))
+        offset = self.size
+        self._append(stored)
         return offset
 
-    def finish(self, codec: Codec) -> tuple[bytes, int]:
-        """The whole pack, and the length of its directory frame."""
+    def finish(self, codec: Codec) -> tuple[memoryview, int]:
+        """The whole pack, and the length of its directory frame. The buffer is the pack's until it is let go."""
         frame = encode_directory(self.directory, codec)
-        data = b"".join([*self._parts, frame])
-        self._parts = []
-        return data, len(frame)
+        self._append(frame)
+        return memoryview(self.buffer)[: self.size], len(frame)
+
+    def _append(self, data: bytes) -> None:
+        end = self.size + len(data)
+        self.buffer[self.size : end] = data  # in place, and beyond the end it grows
+        self.size = end

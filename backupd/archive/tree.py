@@ -271,7 +271,15 @@ class TreeReader:
             return None
         pieces: Pieces = []
         if size:
-            slab.blobs.append((start, size, pieces))
+            # Digested here, while it is in the core's cache; and thousands of calls fewer that wait in turn for
+            # the interpreter's lock: a third of a full run's time.
+            digest = pipeline.digest(view[start:end])
+            place = pipeline.find(digest)
+            if place is None:
+                slab.blobs.append((start, size, pieces, digest))
+            else:
+                pieces.append([*place, 1])
+                end = start  # what is known needs no room
         if header:
             view[slab.length : start] = header
             if rest := -size & 511:
@@ -332,7 +340,7 @@ class TreeReader:
         if self._plain:
             slab.view[slab.length : start] = self._header(full, size, entry, xattrs)
         if size:
-            slab.blobs.append((start, size, pieces))
+            slab.blobs.append((start, size, pieces, b""))
         end = start + size
         if self._plain and (rest := -size & 511):
             slab.view[end : end + rest] = bytes(rest)

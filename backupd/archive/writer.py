@@ -41,7 +41,7 @@ class ArchiveWriter:
         *,
         progress: Progress,
         stop: threading.Event,
-        putters: int = 2,
+        putters: int = 1,
     ) -> None:
         self._repository = repository
         self._source = source
@@ -96,7 +96,7 @@ class ArchiveWriter:
         elif self._stop.is_set():
             raise Interrupted("the backup was told to stop; nothing was written")
 
-    def _put(self, name: str, data: bytes) -> None:
+    def _put(self, name: str, data: memoryview) -> None:
         self._repository.put_pack(self._source, name, data)
 
     # --- the end ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from backupd.errors import ObjectExists, ObjectMissing, RepositoryMissing, StoreError
-from backupd.model import Lease, ObjectInfo
+from backupd.model import Bytes, Lease, ObjectInfo
 from backupd.stores.leases import FlockLease, holding
 from backupd.stores.names import OWN, check_key, check_prefix, check_range, is_key, is_part
 
@@ -56,7 +56,7 @@ class LocalStore:
     def location(self) -> str:
         return str(self._root)
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         check_key(key)
         self._check_root()
         path = self._root / key
@@ -279,7 +279,7 @@ def _rename_no_replace(temporary: Path, path: Path) -> None:
     raise OSError(code, os.strerror(code), str(path))
 
 
-def _write_all(file: int, data: bytes) -> None:
+def _write_all(file: int, data: Bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from backupd.errors import Locked, ObjectExists, ObjectMissing
-from backupd.model import Lease, ObjectInfo
+from backupd.model import Bytes, Lease, ObjectInfo
 from backupd.stores.leases import Record, held_by_another, owner_name
 from backupd.stores.names import check_key, check_prefix, check_range
 
@@ -24,7 +24,7 @@ class MemoryStore:
     def location(self) -> str:
         return "memory:"
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         check_key(key)
         with self._lock:
             if key in self._objects and not overwrite:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from backupd.errors import ObjectExists, ObjectMissing, StoreError
-from backupd.model import Lease, ObjectInfo, Store
+from backupd.model import Bytes, Lease, ObjectInfo, Store
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -43,7 +43,7 @@ class RetryStore:
     def location(self) -> str:
         return self._store.location
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         """As the store's; an object found on a later attempt is ours when it holds the same bytes."""
 
         def attempt(number: int) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from backupd.errors import ObjectExists, ObjectMissing, StoreError, UsageError
-from backupd.model import Lease, ObjectInfo
+from backupd.model import Bytes, Lease, ObjectInfo
 from backupd.stores.leases import HeartbeatLease, Reading, holding
 from backupd.stores.names import OWN, check_key, check_prefix, check_range, is_key
 from backupd.stores.s3_errors import Place, code_of, explain, not_s3, status_of
@@ -109,7 +109,7 @@ class S3Store:
     def location(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         check_key(key)
         if len(data) > LARGEST:
             raise StoreError(
@@ -126,9 +126,9 @@ class S3Store:
         with self._explained(f"cannot write {self._name(key)}") as client:
             try:
                 # Asking for the ETag: any web server may say 200, and store nothing.
-                client.put_object(**self._at(key), Body=data, **_digest(data, abilities.crc32), **conditions)[
-                    "ETag"
-                ]
+                client.put_object(
+                    **self._at(key), Body=bytes(data), **_digest(data, abilities.crc32), **conditions
+                )["ETag"]
             except Exception as error:
                 if status_of(error) != 412 or not conditions:
                     raise
@@ -425,7 +425,7 @@ def _keeps_conditions(client: S3Client, one: dict[str, Any], many: dict[str, Any
     return sum(race.result() for race in racing) >= 7
 
 
-def _digest(data: bytes, crc32: bool) -> dict[str, Any]:
+def _digest(data: Bytes, crc32: bool) -> dict[str, Any]:
     """The argument of a PUT with which the server refuses bytes that changed on their way.
 
     CRC32 takes a fifth of the time of MD5 (2.5 against 0.5 GB/s), but only MD5 is compared by older servers.
@@ -435,5 +435,5 @@ def _digest(data: bytes, crc32: bool) -> dict[str, Any]:
     return {"ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
-def _crc32(data: bytes) -> str:
+def _crc32(data: Bytes) -> str:
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
