@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import services as bed
 from engine import Engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trees import describe, make_every_kind
 
+from backupd.archive import compact as compact_module
+from backupd.archive.usage import measure, read_directory
 from backupd.errors import Damaged, Locked, StoreError
-from backupd.model import Bytes, RecoveryPoint, Silence, Store
+from backupd.model import Bytes, RecoveryPoint, Silence, Store, Stream, Streams
 from backupd.prune import GRACE, PruneReport, plan_prune, prune
 from backupd.retention import Policy
 from backupd.stores import LocalStore, MemoryStore, S3Options, open_store
@@ -164,7 +168,7 @@ def test_packs_of_several_megabytes_in_frames_whole_and_in_part(tree: Generation
     for number in (1, 3, 5, 7, 9, 11):
         (tree.root / f"{number:02d}").unlink()
     tree.write()
-    report = tree.prune_and_wait(1)
+    report = tree.prune_and_wait(1, max_unused=0)
     assert 14 * 1_300_000 < report.bytes_rewritten < 20_000_000
     tree.check(1)
     assert tree.stored < 20_000_000
@@ -179,7 +183,8 @@ def test_a_dry_run_tells_what_will_be_written_and_freed(tree: Generations) -> No
     assert (told.bytes_freed, told.bytes_waiting, told.packs_repacked) == (
         done.bytes_freed, done.bytes_waiting, done.packs_repacked
     )  # fmt: skip
-    assert told.bytes_rewritten == pytest.approx(done.bytes_rewritten, rel=0.1)
+    # The parts of a frame are taken to compress alike; here some are noise and some are one word again and again.
+    assert told.bytes_rewritten == pytest.approx(done.bytes_rewritten, rel=0.25)
     plan = plan_prune(tree.engine.repository, {"tree": Policy(last=1)}, now=tree.engine.now)
     assert sum(size for _, _, size in plan.waiting) == done.bytes_waiting
 
@@ -205,7 +210,7 @@ def test_the_next_backup_finds_all_content_in_its_new_place(tree: Generations) -
     assert tree.prune_and_wait(1).packs_repacked > 0
     tree.write()
     assert tree.engine.written is not None
-    assert tree.engine.written.stored == 0  # nothing changed: every page is taken over
+    assert tree.engine.written.stored < 5_000  # at most a page of what was changed only just now
     (tree.root / "0").rename(tree.root / "elsewhere")
     tree.write()
     assert tree.engine.written.stored < 20_000  # what moved is known by its digest
@@ -219,6 +224,45 @@ def test_repacking_nothing_can_be_asked_for(tree: Generations) -> None:
     assert (report.packs_repacked, report.bytes_rewritten) == (0, 0)
     assert {key for key in tree.objects if key.startswith("packs/")} <= packs
     tree.check(1)
+
+
+contents = st.lists(st.integers(0, 30), min_size=1, max_size=8)
+"""Files of one state, each the noise of its number: what two states have in common is stored once."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(contents, min_size=2, max_size=7), st.data())
+def test_whatever_goes_all_that_stays_is_whole(states: list[list[int]], data: st.DataObject) -> None:
+    def content(number: int) -> bytes:
+        return random.Random(number).randbytes(1 + number * 3000)
+
+    engine = Engine()
+    points = []
+    for files in states:
+        points.append(engine.write(Streams([Stream(f"{n}", iter([content(n)])) for n in sorted(set(files))])))
+        engine.now += timedelta(hours=1)
+    last = data.draw(st.integers(1, len(states)))
+    share = data.draw(st.one_of(st.none(), st.floats(0, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact_module, "FRAME_SIZE", data.draw(st.integers(1, 100_000)))
+        patch.setattr(compact_module, "PACK_SIZE", data.draw(st.integers(1, 200_000)))
+        for policy in (last, data.draw(st.integers(1, last))):
+            report = prune(
+                engine.repository, {"tree": Policy(last=policy)}, clock=engine.clock, max_unused=share,
+                progress=Silence(),
+            )  # fmt: skip
+            if share is None:  # noise: the estimate is exact but for what a frame itself takes
+                assert 2 * report.bytes_rewritten <= report.bytes_freed + report.bytes_waiting + 1000
+            engine.now += 2 * GRACE
+            assert [point.id for point in engine.repository.points("tree")] == [
+                p.id for p in points[-policy:]
+            ]
+            for point, files in list(zip(points, states, strict=True))[-policy:]:
+                for number in set(files):
+                    assert b"".join(engine.archive(point).read(f"{number}")) == content(number)
+            assert (
+                verify(engine.repository, sources=None, data_percent=100, progress=Silence()).problems == []
+            )
 
 
 # --- stopped ---------------------------------------------------------------------------------------------
@@ -260,32 +304,34 @@ def stop_at(store: Store, step: int, error: Callable[[], BaseException], after: 
 @pytest.mark.parametrize("error", [Died, lambda: StoreError("no answer")], ids=["killed", "store"])
 @pytest.mark.parametrize("after", [False, True], ids=["not done", "done"])
 def test_stopped_at_any_step_every_kept_point_is_whole_and_the_next_prune_ends_it(
-    error: Callable[[], BaseException], after: bool, tmp_path: Path
+    error: Callable[[], BaseException], after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compact_module, "FRAME_SIZE", 20_000)
+    monkeypatch.setattr(compact_module, "PACK_SIZE", 40_000)  # several new packs
     sizes = set()
     for step in range(100):
         (tmp_path / str(step)).mkdir()
         tree = Generations(tmp_path / str(step), seed=5)
-        tree.live(6, files=15, changed=8)
+        tree.live(7, files=15, changed=8)
         mend = stop_at(tree.engine.store, step, error, after)
         try:
-            tree.prune(2, max_unused=0.01)
+            tree.prune(3, max_unused=0.01)
             ended = True
         except (Died, StoreError):
             ended = False
         mend()
         if not ended:
-            tree.check(2)
-        tree.prune_and_wait(2, max_unused=0.01)
-        tree.prune_and_wait(2, max_unused=0.01)
-        tree.check(2)
-        assert len(tree.engine.repository.points("tree")) == 2
+            tree.check(3)
+        tree.prune_and_wait(3, max_unused=0.01)
+        tree.prune_and_wait(3, max_unused=0.01)
+        tree.check(3)
+        assert len(tree.engine.repository.points("tree")) == 3
         sizes.add(tree.stored)
         if ended:
             break
     else:
         pytest.fail("prune never came to its end")
-    assert step > 8  # packs, manifests, points: there was something to stop
+    assert step > 10  # packs, manifests, points: there was something to stop
     assert max(sizes) < 1.03 * tree.stored  # nothing was left behind or stored twice
 
 
@@ -335,16 +381,24 @@ def flip(store: Store, key: str, at: int) -> None:
     store.put(key, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], overwrite=True)
 
 
-def needed_frames(tree: Generations) -> Iterator[tuple[str, int]]:
-    """A place in every pack that will be repacked."""
-    plan = plan_prune(tree.engine.repository, {"tree": Policy(last=1)}, now=tree.engine.now)
-    for source, name, size in plan.repack:
-        yield f"packs/{source}/{name}.zst", size // 3
+def needed_places(tree: Generations) -> Iterator[tuple[str, int]]:
+    """A byte in the first and in the last needed frame of every pack that will be repacked."""
+    repository = tree.engine.repository
+    plan = plan_prune(repository, {"tree": Policy(last=1)}, now=tree.engine.now)
+    usage = measure(repository, "tree", repository.manifests("tree")[-1:], repository.point_sizes("tree"))
+    for source, name, _ in plan.repack:
+        directory = read_directory(repository, source, usage.packs[name])
+        starts = directory.starts()
+        frames = [
+            f for n, f in enumerate(directory.frames) if any(usage.needed[name][starts[n] : starts[n + 1]])
+        ]
+        for frame in frames[:1] + frames[-1:]:
+            yield f"packs/{source}/{name}.zst", frame.offset + frame.length // 2
 
 
 def test_damage_in_what_is_needed_makes_it_refuse_and_leave_all_as_it_was(tree: Generations) -> None:
     tree.live(6)
-    places = list(needed_frames(tree))
+    places = list(needed_places(tree))
     assert places
     for key, at in places:
         flip(tree.engine.store, key, at)
