@@ -54,6 +54,43 @@ engine.restore(point, Path(sys.argv[4]))
 print(json.dumps([point.members, point.stored, peak()]))
 """
 
+WRITTEN = """
+import json, random, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from engine import Engine
+from backupd.model import Stream, Streams
+from backupd.stores import LocalStore
+
+def dump(size, kept):
+    for number in range(size >> 20):
+        yield random.Random(number if number // 8 % 3 < kept else number + 10**6).randbytes(1 << 20)
+
+engine = Engine(LocalStore(Path(sys.argv[2]), create=True))
+for kept in (3, 1):
+    point = engine.write(Streams([Stream("a.dump", dump(int(sys.argv[1]), kept))]))
+print(json.dumps([point.size, point.stored, peak()]))
+"""
+
+PRUNED = """
+import json, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from backupd.model import Silence
+from backupd.prune import prune
+from backupd.repository import Repository
+from backupd.retention import Policy
+from backupd.stores import LocalStore
+from backupd.verify import verify
+
+repository = Repository.open(LocalStore(Path(sys.argv[1])))
+policy = Policy(last=1)
+pruned = prune(repository, dict(source=policy, tree=policy), clock=lambda: datetime.now(UTC), progress=Silence())
+verified = verify(repository, sources=None, data_percent=100, progress=Silence())
+assert not verified.problems
+print(json.dumps([verified.bytes_read, pruned.bytes_rewritten, peak()]))
+"""
+
 
 def measure(script: str, *argv: object) -> tuple[int, int, int]:
     done = subprocess.run(
@@ -91,3 +128,16 @@ def test_the_peak_hardly_grows_with_the_number_of_files(tmp_path: Path) -> None:
     few, many = peaks
     assert many < PEAK
     assert many < few + (60 << 20)
+
+
+def test_repacking_and_verifying_take_no_more_memory_for_four_times_the_data(tmp_path: Path) -> None:
+    peaks = []
+    for size in (192 << 20, 576 << 20):
+        measure(WRITTEN, size, tmp_path / str(size))
+        read, rewritten, peak = measure(PRUNED, tmp_path / str(size))
+        assert read > size
+        assert size / 6 < rewritten < size / 2
+        peaks.append(peak)
+    small, large = peaks
+    assert large < PEAK
+    assert large < small + (40 << 20)

@@ -189,6 +189,33 @@ def test_a_dry_run_tells_what_will_be_written_and_freed(tree: Generations) -> No
     assert sum(size for _, _, size in plan.waiting) == done.bytes_waiting
 
 
+def test_small_files_between_the_headers_of_a_first_run_are_told_rightly(tree: Generations) -> None:
+    """The headers are a third of what a frame holds and next to nothing of what it takes."""
+    for number in range(400):
+        (tree.root / f"{number}").write_bytes(random.Random(number).randbytes(1200))
+    tree.write()
+    for number in range(0, 400, 3):
+        (tree.root / f"{number}").unlink()
+        (tree.root / f"{number + 1}").unlink(missing_ok=True)
+    tree.write()
+    told, done = tree.prune(1, dry_run=True), tree.prune(1)
+    assert told.bytes_rewritten == pytest.approx(done.bytes_rewritten, rel=0.05)
+    assert 0 < 2 * done.bytes_rewritten < done.bytes_waiting
+
+
+def test_what_many_small_runs_left_is_merged_when_there_is_something_to_free(tree: Generations) -> None:
+    (tree.root / "large").write_bytes(random.Random(0).randbytes(3_000_000))
+    tree.write()
+    (tree.root / "large").unlink()
+    for number in range(12):
+        (tree.root / f"{number}").write_bytes(random.Random(number).randbytes(20_000))
+        tree.write()
+    assert tree.prune(13).packs_repacked == 0  # nothing to free: nothing is paid for
+    tree.prune_and_wait(12)
+    tree.check(12)
+    assert sum(key.startswith("packs/") for key in tree.objects) == 1
+
+
 def test_a_restore_that_began_before_goes_on_for_a_day(tree: Generations, tmp_path: Path) -> None:
     tree.live(6)
     begun = tree.engine.archive(tree.points[-1])

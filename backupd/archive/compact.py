@@ -26,6 +26,7 @@ from backupd.archive.page import CONTENT, Pieces, encode_page, pieces_of
 from backupd.archive.parallel import FrameContent, Span, in_order, read_frames, spans
 from backupd.archive.pipeline import FRAME_SIZE, PACK_SIZE, page_row
 from backupd.archive.usage import Usage, contents, read_directory, unique_pages
+from backupd.codec import DIGEST_SIZE
 from backupd.errors import BackupdError, Damaged
 from backupd.model import Lease, Progress
 from backupd.repository import Manifest, PackRef, PageRef, Repository
@@ -131,7 +132,8 @@ class _Move:
         }
         self._pages: dict[tuple[str, int], PageRef] = {}
         self._begun: list[str] = []
-        self._pack = PackBuilder(next(names))
+        self._buffers = [bytearray()]  # free ones, used again: packs that come and go leave the heap in tatters
+        self._pack = PackBuilder(next(names), self._buffers.pop())
         self._known = self._moved_before()
         self.packs: dict[str, PackRef] = {}
 
@@ -197,36 +199,40 @@ class _Move:
                 self._note(pack, blob, self._target(place[0]), place[1])
                 needed[blob] = 0
 
-    def _read(self, span: Span) -> tuple[Span, list[FrameContent]]:
+    def _read(self, span: Span) -> tuple[Span, list[_Draft]]:
+        """Copies of what is needed: views would keep the whole span in memory until a new frame is full."""
         needed = self._usage.needed[span.pack]
-        return span, list(read_frames(self._repository, self._source, span, needed))
+        frames = read_frames(self._repository, self._source, span, needed)
+        return span, [self._take(span, frame) for frame in frames]
+
+    def _take(self, span: Span, frame: FrameContent) -> _Draft:
+        """A whole frame as it is, or the needed blobs of one."""
+        needed, starts, blobs = self._usage.needed[span.pack], span.directory.starts(), span.directory.blobs
+        numbers = range(starts[frame.number], starts[frame.number + 1])
+        if all(needed[numbers.start : numbers.stop]):
+            rows = [bytes(blobs[n * BLOB.size : (n + 1) * BLOB.size]) for n in numbers]
+            return _Draft(bytes(frame.stored), [], len(frame.data), rows, [(span.pack, n) for n in numbers])
+        draft = _Draft()
+        for blob in numbers:
+            if needed[blob]:
+                offset, length, digest = BLOB.unpack_from(blobs, blob * BLOB.size)
+                draft.add(bytes(frame.data[offset : offset + length]), digest, (span.pack, blob))
+        return draft
 
     def _drafts(self) -> Iterator[_Draft]:
+        """Whole frames, and frames put together of what was taken out of others."""
         open_draft = _Draft()
-        for span, frames in in_order(self._spans(), self._read):
+        for span, drafts in in_order(self._spans(), self._read):
             self._progress.advance(span.length)
-            needed, starts, blobs = (
-                self._usage.needed[span.pack],
-                span.directory.starts(),
-                span.directory.blobs,
-            )
-            for frame in frames:
-                numbers = range(starts[frame.number], starts[frame.number + 1])
-                if all(needed[numbers.start : numbers.stop]):
-                    rows = [bytes(blobs[n * BLOB.size : (n + 1) * BLOB.size]) for n in numbers]
-                    yield _Draft(
-                        bytes(frame.stored), [], len(frame.data), rows, [(span.pack, n) for n in numbers]
-                    )
+            for draft in drafts:
+                if draft.stored:
+                    yield draft
                     continue
-                for blob in numbers:
-                    if not needed[blob]:
-                        continue
-                    offset, length, digest = BLOB.unpack_from(blobs, blob * BLOB.size)
-                    if open_draft.size and open_draft.size + length > FRAME_SIZE:
+                for part, row, origin in zip(draft.parts, draft.rows, draft.origins, strict=True):
+                    if open_draft.size and open_draft.size + len(part) > FRAME_SIZE:
                         yield open_draft
                         open_draft = _Draft()
-                    # A copy: a view would keep the whole span in memory until the draft is full.
-                    open_draft.add(bytes(frame.data[offset : offset + length]), digest, (span.pack, blob))
+                    open_draft.add(part, row[-DIGEST_SIZE:], origin)
         if open_draft.rows:
             yield open_draft
 
@@ -298,7 +304,8 @@ class _Move:
         self._pages[page.ref.pack, page.ref.offset] = ref
 
     def _next(self) -> PackBuilder:
-        full, self._pack = self._pack, PackBuilder(next(self._names))
+        buffer = self._buffers.pop() if self._buffers else bytearray()
+        full, self._pack = self._pack, PackBuilder(next(self._names), buffer)
         self._begun.append(full.name)
         return full
 
@@ -307,6 +314,8 @@ class _Move:
         ref = PackRef(pack.name, len(data), directory, self._repository.codec.digest(data[-directory:]).hex())
         self._lease.check()
         self._repository.put_pack(self._source, pack.name, data)
+        data.release()
+        self._buffers.append(pack.buffer)
         return ref
 
     def _target(self, name: str) -> int:

@@ -29,7 +29,7 @@ wait for the store most of the time, whole packs of 16 MiB in every thread would
 
 
 def in_order(
-    items: Iterable[T], work: Callable[[T], R], *, workers: int = WORKERS, ahead: int = WORKERS + 2
+    items: Iterable[T], work: Callable[[T], R], *, workers: int = WORKERS, ahead: int = WORKERS
 ) -> Iterator[R]:
     """`work` done on every item, the results in the items' order.
 

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 
 from backupd.archive.earlier import load_directory, read_page
 from backupd.archive.pack import SKIPPABLE_HEADER, Directory, Frame
@@ -98,18 +99,17 @@ def _lengths(directory: Directory) -> array[int]:
 
 
 def _content(ref: PackRef, frames: Sequence[Frame], lengths: array[int], needed: bytearray) -> int:
-    """Stored bytes of what is needed: a frame's parts are taken to compress alike."""
+    """Stored bytes of what is needed. A frame's blobs are taken to compress alike, and what a first run's frames
+    hold beside them, the headers of a tar, to nothing."""
     total = start = 0
     for frame in frames:
         end = start + frame.blobs
         some = needed[start:end]
-        if frame.blobs and all(some):
-            total += frame.length
+        if all(some):
+            total += frame.length if some else 0
         elif any(some):
-            plain = sum(
-                length for length, is_needed in zip(lengths[start:end], some, strict=True) if is_needed
-            )
-            total += -(-frame.length * min(plain, frame.size) // max(frame.size, 1))
+            part = sum(compress(lengths[start:end], some))
+            total += -(-frame.length * part // max(sum(lengths[start:end]), 1))
         start = end
     if needed:
         total += -(-ref.directory * needed.count(1) // len(needed))
