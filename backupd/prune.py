@@ -84,7 +84,8 @@ class _SourcePlan:
 
     @property
     def repack(self) -> list[Pack]:
-        return [(self.source, name, self.objects[name].size) for name in self.choice.packs]
+        packs = self.usage.packs if self.usage else {}
+        return [(self.source, name, packs[name].size) for name in self.choice.packs]
 
 
 def plan_prune(

@@ -132,7 +132,9 @@ class _Move:
         }
         self._pages: dict[tuple[str, int], PageRef] = {}
         self._begun: list[str] = []
-        self._buffers = [bytearray()]  # free ones, used again: packs that come and go leave the heap in tatters
+        self._buffers = [
+            bytearray()
+        ]  # free ones, used again: packs that come and go leave the heap in tatters
         self._pack = PackBuilder(next(names), self._buffers.pop())
         self._known = self._moved_before()
         self.packs: dict[str, PackRef] = {}

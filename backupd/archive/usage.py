@@ -127,4 +127,4 @@ def _index(
         touches = tuple({number[name] for name in (page.pack, *page.packs)})
         yield IndexUse(page.length + SKIPPABLE_HEADER, touches, number[page.pack])
     for manifest in manifests:
-        yield IndexUse(sizes[manifest.point.id], tuple({number[pack.name] for pack in manifest.packs}))
+        yield IndexUse(sizes.get(manifest.point.id, 0), tuple({number[pack.name] for pack in manifest.packs}))
