@@ -123,12 +123,12 @@ class Earlier:
         # Some 20 bytes of a compressed directory are a blob's.
         known = KnownContent(expected=sum(ref.directory for ref in self._refs.values()) // 20)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="directory") as readers:
-            for start in range(0, len(usable), _READERS * 4):  # a few at a time: each may have some MB
+            for start in range(0, len(usable), _READERS):  # a few at a time: each may have a MB or two
                 if known.full:
                     break
-                some = usable[start : start + _READERS * 4]
-                for name, blobs in zip(some, readers.map(self._blobs, some), strict=True):
-                    known.add_pack(name, blobs)
+                some = usable[start : start + _READERS]
+                for name, frame in zip(some, readers.map(self._frame, some), strict=True):
+                    known.add_pack(name, self._blobs(name, frame))
         return known
 
     # --- inside ------------------------------------------------------------------------------------------
@@ -172,14 +172,24 @@ class Earlier:
         self._directories[name] = directory
         return directory
 
-    def _blobs(self, name: str) -> bytes | bytearray:
-        """The rows of a pack's directory; none where it cannot be read."""
+    def _frame(self, name: str) -> bytes:
+        """A pack's directory as it is stored; empty where it cannot be read, or was read already."""
+        if name in self._directories:
+            return b""
+        try:
+            return _directory_frame(self._repository, self._source, name, self._objects[name].size)
+        except Damaged as error:
+            self.skipped.append(f"the pack {name} is not used: {error.message}")
+            return b""
+
+    def _blobs(self, name: str, frame: bytes) -> bytes | bytearray:
+        """The rows of a pack's directory; none where it cannot be read. Not for threads: what each decodes would stay
+        in a heap of its own."""
         found = self._directories.pop(name, None)
         if found is not None:
             return found.blobs
         try:
-            frame = _directory_frame(self._repository, self._source, name, self._objects[name].size)
-            return decode_blobs(frame, self._repository.codec)
+            return decode_blobs(frame, self._repository.codec) if frame else b""
         except Damaged as error:
             self.skipped.append(f"the pack {name} is not used: {error.message}")
             return b""
