@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from backupd.codec import DEFAULT_LEVEL
 from benchmarks.corpus import tree_size
 
 
@@ -27,6 +28,7 @@ class Bench:
 
     base: Path
     tree: Path
+    runs: int = 0
 
     @property
     def repository(self) -> Path:
@@ -82,7 +84,7 @@ class Backupd:
     """The real command line, with a configuration file of one volume."""
 
     name: str = "backupd"
-    note: str = "zstd 2, no encryption; every blob named by BLAKE3 and compared on restore"
+    note: str = f"zstd {DEFAULT_LEVEL}, no encryption; every blob named by BLAKE3 and compared on restore"
     argv: list[str] = field(default_factory=backupd_argv)
 
     def version(self) -> str:
@@ -147,7 +149,7 @@ class Borg:
     """Without encryption, compression as ours."""
 
     name: str = "borg"
-    note: str = "--encryption none, --compression zstd,3"
+    note: str = f"--encryption none, --compression zstd,{DEFAULT_LEVEL}"
 
     def version(self) -> str:
         return _first_line(["borg", "--version"])
@@ -164,7 +166,7 @@ class Borg:
         return ["borg", "init", "--encryption", "none"]
 
     def backup(self, bench: Bench, number: int) -> list[str]:
-        return ["borg", "create", "--compression", "zstd,3", f"::run{number}", "."]
+        return ["borg", "create", "--compression", f"zstd,{DEFAULT_LEVEL}", f"::run{number}", "."]
 
     def restore(self, bench: Bench) -> list[str]:
         script = 'cd "$1" && borg extract "::$(borg list --short --last 1)"'
@@ -180,7 +182,9 @@ class TarZstd:
     """GNU tar with its incremental snapshots, piped through zstd on all cores. No digests, no deduplication."""
 
     name: str = "tar|zstd"
-    note: str = "tar --listed-incremental | zstd -3 -T0 > file; nothing is checked on the way back"
+    note: str = (
+        f"tar --listed-incremental | zstd -{DEFAULT_LEVEL} -T0 > file; nothing is checked on the way back"
+    )
 
     def version(self) -> str:
         tar, zstd = _first_line(["tar", "--version"]), _first_line(["zstd", "--version"])
@@ -195,9 +199,11 @@ class TarZstd:
 
     def backup(self, bench: Bench, number: int) -> list[str]:
         snapshot = bench.base / "snapshot"
-        script = 'set -o pipefail; tar --create --file - --listed-incremental="$1" . | zstd -q -3 -T0 > "$2"'
+        script = (
+            'set -o pipefail; tar --create --file - --listed-incremental="$1" . | zstd -q "-$2" -T0 > "$3"'
+        )
         out = bench.repository / f"{number:04d}.tar.zst"
-        return ["bash", "-c", script, "backup", str(snapshot), str(out)]
+        return ["bash", "-c", script, "backup", str(snapshot), str(DEFAULT_LEVEL), str(out)]
 
     def restore(self, bench: Bench) -> list[str]:
         script = (

@@ -1,0 +1,97 @@
+"""The parts of the benchmark by name, each at full size or small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.report import tell
+from benchmarks.scenario import Scenario, bench
+from benchmarks.tools import Tool
+
+MB = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line said."""
+
+    tools: list[Tool]
+    rounds: int
+    small: bool
+    files: int | None
+    gigabytes: tuple[float, ...] | None
+    counts: tuple[float, ...] | None
+    point_gb: float | None
+
+    def size(self, full: int, small: int) -> int:
+        return small if self.small else full
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _run(work: Path, scenario: Scenario, asked: Asked, tools: list[Tool]) -> dict[str, object]:
+    taken = bench(work / "rounds", scenario, tools, rounds=asked.rounds, say=say)
+    return tell(scenario, taken, rounds=asked.rounds)
+
+
+def _trees(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.trees import trees
+
+    made = trees(work, files=asked.files or asked.size(60_000, 400), say=say)
+    return _run(work, made, asked, asked.tools)
+
+
+def _mixed(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.mixed import SMALL, Scale, mixed
+
+    with ExitStack() as stack:
+        made = mixed(work, scale=SMALL if asked.small else Scale(), stack=stack, say=say)
+        return _run(work, made, asked, asked.tools)
+
+
+def _large(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.large import large
+
+    return _run(work, large(work, size=asked.size(1000 * MB, 8 * MB), say=say), asked, asked.tools)
+
+
+def _dump(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.dump import dump
+
+    return _run(work, dump(work, rows=asked.size(2_500_000, 5000), say=say), asked, asked.tools)
+
+
+def _moves(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.trees import moves
+
+    made = moves(work, files=asked.files or asked.size(20_000, 200), say=say)
+    return _run(work, made, asked, asked.tools)
+
+
+def _postgres(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.postgres import bench_postgres
+
+    return bench_postgres(work, small=asked.small, rounds=asked.rounds, say=say)
+
+
+def _start(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.start import bench_start
+
+    return bench_start(work, runs=asked.size(15, 3), say=say)
+
+
+PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
+    "trees": _trees,
+    "mixed": _mixed,
+    "large": _large,
+    "dump": _dump,
+    "moves": _moves,
+    "postgres": _postgres,
+    "start": _start,
+}
+MANY_FILES = {"trees", "moves"}
