@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.measure import ToolFailed
 from benchmarks.parts import MANY_FILES, PARTS, Asked, say
-from benchmarks.tools import Tool, all_tools, install_peers
+from benchmarks.peers import all_tools, install_peers
+from benchmarks.tools import Tool
 
 _REUSED = 65
 """Seconds after which ext4 without a journal gives the inodes of removed files out again; before that, whoever

@@ -29,6 +29,10 @@ class Asked:
     def size(self, full: int, small: int) -> int:
         return small if self.small else full
 
+    def general(self) -> list[Tool]:
+        """Those that take any tree."""
+        return [tool for tool in self.tools if tool.name != "pgbackrest"]
+
 
 def say(text: str) -> None:
     print(text, flush=True)
@@ -43,7 +47,7 @@ def _trees(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.trees import trees
 
     made = trees(work, files=asked.files or asked.size(60_000, 400), say=say)
-    return _run(work, made, asked, asked.tools)
+    return _run(work, made, asked, asked.general())
 
 
 def _mixed(work: Path, asked: Asked) -> dict[str, object]:
@@ -51,26 +55,46 @@ def _mixed(work: Path, asked: Asked) -> dict[str, object]:
 
     with ExitStack() as stack:
         made = mixed(work, scale=SMALL if asked.small else Scale(), stack=stack, say=say)
-        return _run(work, made, asked, asked.tools)
+        return _run(work, made, asked, asked.general())
 
 
 def _large(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.large import large
 
-    return _run(work, large(work, size=asked.size(1000 * MB, 8 * MB), say=say), asked, asked.tools)
+    return _run(work, large(work, size=asked.size(1000 * MB, 8 * MB), say=say), asked, asked.general())
 
 
 def _dump(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.dump import dump
 
-    return _run(work, dump(work, rows=asked.size(2_500_000, 5000), say=say), asked, asked.tools)
+    return _run(work, dump(work, rows=asked.size(2_500_000, 5000), say=say), asked, asked.general())
 
 
 def _moves(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.trees import moves
 
     made = moves(work, files=asked.files or asked.size(20_000, 200), say=say)
-    return _run(work, made, asked, asked.tools)
+    return _run(work, made, asked, asked.general())
+
+
+def _pgdata(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.pgdata import pgdata, programs
+
+    server = programs()
+    pair = [tool for tool in asked.tools if tool.name in ("backupd", "pgbackrest")]
+    if server is None or not pair:
+        reason = "no PostgreSQL of this machine" if server is None else "neither backupd nor pgBackRest"
+        say(f"pgdata is left out: {reason}")
+        return {"left out": reason}
+    made = pgdata(
+        work,
+        server,
+        scale=asked.size(50, 1),
+        few=asked.size(4000, 40),
+        many=asked.size(100_000, 200),
+        say=say,
+    )
+    return _run(work, made, asked, pair)
 
 
 def _postgres(work: Path, asked: Asked) -> dict[str, object]:
@@ -91,6 +115,7 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "large": _large,
     "dump": _dump,
     "moves": _moves,
+    "pgdata": _pgdata,
     "postgres": _postgres,
     "start": _start,
 }

@@ -60,7 +60,8 @@ class Tool(Protocol):
         """Where the tree is after `restore`."""
 
 
-def _first_line(argv: Sequence[str]) -> str:
+def first_line(argv: Sequence[str]) -> str:
+    """What a program says of its version; "" where it is not here."""
     if not shutil.which(argv[0]):
         return ""
     said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
@@ -88,7 +89,7 @@ class Backupd:
     argv: list[str] = field(default_factory=backupd_argv)
 
     def version(self) -> str:
-        return _first_line([*self.argv, "--version"])
+        return first_line([*self.argv, "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -121,7 +122,7 @@ class Restic:
     note: str = "its defaults: always encrypted (AES-256-CTR + Poly1305), compression auto"
 
     def version(self) -> str:
-        return _first_line(["restic", "version"])
+        return first_line(["restic", "version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -152,7 +153,7 @@ class Borg:
     note: str = f"--encryption none, --compression zstd,{DEFAULT_LEVEL}"
 
     def version(self) -> str:
-        return _first_line(["borg", "--version"])
+        return first_line(["borg", "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -187,7 +188,7 @@ class TarZstd:
     )
 
     def version(self) -> str:
-        tar, zstd = _first_line(["tar", "--version"]), _first_line(["zstd", "--version"])
+        tar, zstd = first_line(["tar", "--version"]), first_line(["zstd", "--version"])
         number = re.search(r"v[\d.]+", zstd)
         return f"{tar}, zstd {number[0] if number else ''}" if tar and zstd else ""
 
@@ -216,21 +217,3 @@ class TarZstd:
 
     def found(self, bench: Bench) -> Path:
         return bench.restored
-
-
-def all_tools() -> list[Tool]:
-    return [Backupd(), Restic(), Borg(), TarZstd()]
-
-
-def install_peers() -> None:
-    """From Debian, where they are not there and we may; what cannot be had is left out and said so."""
-    packages = {"restic": "restic", "borg": "borgbackup", "zstd": "zstd"}
-    missing = [package for program, package in packages.items() if not shutil.which(program)]
-    if not missing or os.geteuid() or not shutil.which("apt-get"):
-        return
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "update", "-qq"], check=False, env=env)
-    subprocess.run(
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
-        check=False, env=env, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
