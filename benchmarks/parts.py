@@ -97,6 +97,34 @@ def _pgdata(work: Path, asked: Asked) -> dict[str, object]:
     return _run(work, made, asked, pair)
 
 
+def _growth(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.growth import growth
+
+    ours = [tool for tool in asked.tools if tool.name == "backupd"]
+    if not ours:
+        say("growth is left out: it is about backupd")
+        return {"left out": "no backupd"}
+    sizes = asked.gigabytes or ((0.002, 0.004, 0.008) if asked.small else (1, 4, 16))
+    counts = asked.counts or ((50, 100, 200) if asked.small else (10_000, 100_000, 1_000_000))
+    svg = work / "growth.svg" if asked.small else Path(__file__).with_name("growth.svg")
+    return growth(work, ours[0], gigabytes=sizes, counts=counts, svg=svg, say=say)
+
+
+def _store(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.store import bench_store
+
+    files = asked.files or asked.size(60_000, 100)
+    work.mkdir(parents=True)
+    return bench_store(work, asked.tools, files=files, rounds=asked.rounds, small=asked.small, say=say)
+
+
+def _files(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.files import bench_files
+
+    size = int((asked.point_gb or (0.004 if asked.small else 4)) * 1000 * MB)
+    return bench_files(work, asked.general(), size=size, files=asked.files or asked.size(5000, 30), say=say)
+
+
 def _postgres(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.postgres import bench_postgres
 
@@ -116,7 +144,10 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "dump": _dump,
     "moves": _moves,
     "pgdata": _pgdata,
+    "growth": _growth,
+    "store": _store,
+    "files": _files,
     "postgres": _postgres,
     "start": _start,
 }
-MANY_FILES = {"trees", "moves"}
+MANY_FILES = {"trees", "moves", "growth", "store"}
