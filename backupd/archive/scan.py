@@ -1,8 +1,8 @@
 """Walk a tree and cut its listing into pages.
 
-A page is a few dozen directories. Where it ends depends on names only, so that a file that comes or goes changes
-one page and leaves the others as they were. Entries carry the stat tuple that says whether they changed; nothing
-is opened here but directories.
+A page is a few dozen directories. Where it ends depends on names, and on very large files, so that a file that comes
+or goes changes one page and leaves the others as they were. Entries carry the stat tuple that says whether they
+changed; nothing is opened here but directories.
 
 Every directory is opened relative to the root without following symlinks, and must be the one that was listed:
 a path swapped for a symlink while we walk is reported, never followed.
@@ -39,6 +39,7 @@ Block: TypeAlias = "tuple[str, StatTuple | None, Listing]"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Pages of 25 to 160 entries: small ones are found unchanged more often, large ones cost less each.
 _LEAST, _MOST, _LONG_DIRECTORY = 24, 160, 192
+_LARGE = 64 << 20
 
 
 def open_below(root: int, path: str, flags: int = _DIRECTORY) -> int:
@@ -106,12 +107,10 @@ class Scan:
                 continue
             self.sockets += sockets
             start = 0
-            if len(listing) > _LONG_DIRECTORY:
-                for index, (name, _) in enumerate(listing):
-                    if crc32(os.fsencode(name)) & 63 == 0:
-                        page.append((path, own if start == 0 else None, listing[start : index + 1]))
-                        yield page
-                        page, entries, start = [], 0, index + 1
+            for index in _cuts(listing):
+                page.append((path, own if start == 0 else None, listing[start : index + 1]))
+                yield page
+                page, entries, start = [], 0, index + 1
             page.append((path, own if start == 0 else None, listing[start:]))
             entries += 1 + len(listing) - start
             if entries > _MOST or (entries > _LEAST and crc32(os.fsencode(path)) % 3 == 0):
@@ -171,6 +170,17 @@ class Scan:
             else:
                 listing.append(entry)
         return listing, directories, sockets
+
+
+def _cuts(listing: Listing) -> list[int]:
+    """After which entries of a directory a page ends: by name in a long one, and after each very large file, so that
+    a run which is interrupted has it in a page that the next can take over."""
+    long = len(listing) > _LONG_DIRECTORY
+    return [
+        index
+        for index, (name, entry) in enumerate(listing)
+        if entry[1] >= _LARGE or (long and crc32(os.fsencode(name)) & 63 == 0)
+    ]
 
 
 def _list_slowly(fd: int) -> Listing:

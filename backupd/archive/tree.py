@@ -175,7 +175,7 @@ class TreeReader:
             self._sought = True
             self._place = (path, self._writer.earlier.places.get(own[INODE]))
         here, there = self._place
-        if here != path or there is None:
+        if here != path or there is None or (own is None and not listing):
             return {}
         first = sort_key(there) if own is not None else sort_key(there, listing[0][0])
         last = sort_key(there, listing[-1][0] if listing else "")
