@@ -23,7 +23,6 @@ STEEPER = 1.25
 that others use can tell."""
 _FILE = 64 * 10**6
 _FILES_PER_DIRECTORY = 100
-_UNCHANGED_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,18 @@ class Point:
 
 
 def growth(
-    work: Path, tool: Tool, *, gigabytes: Sequence[float], counts: Sequence[float], svg: Path | None, say: Say
+    work: Path,
+    tool: Tool,
+    *,
+    gigabytes: Sequence[float],
+    counts: Sequence[float],
+    looks: int,
+    svg: Path | None,
+    say: Say,
 ) -> dict[str, object]:
-    """Along both axes; the trees grow from point to point."""
-    by_size = _measure(work / "size", tool, gigabytes, "GB", _grow_to_size, say)
-    by_count = _measure(work / "count", tool, counts, "files", _grow_to_count, say)
+    """Along both axes; the trees grow from point to point. `looks`: unchanged runs at each, for a median."""
+    by_size = _measure(work / "size", tool, gigabytes, "GB", _grow_to_size, looks, say)
+    by_count = _measure(work / "count", tool, counts, "files", _grow_to_count, looks, say)
     print()
     verdicts = [*_tell("GB", by_size), *_tell("files", by_count)]
     tell_verdicts(verdicts)
@@ -55,7 +61,13 @@ def growth(
 
 
 def _measure(
-    work: Path, tool: Tool, amounts: Sequence[float], unit: str, grow: Callable[[Path, float], None], say: Say
+    work: Path,
+    tool: Tool,
+    amounts: Sequence[float],
+    unit: str,
+    grow: Callable[[Path, float], None],
+    looks: int,
+    say: Say,
 ) -> list[Point]:
     tree = work / "tree"
     tree.mkdir(parents=True)
@@ -69,8 +81,7 @@ def _measure(
         run(tool.init(bench), cwd=tree, env=env, log=log)
         full = run(tool.backup(bench, 1), cwd=tree, env=env, log=log)
         again = [
-            run(tool.backup(bench, number), cwd=tree, env=env, log=log)
-            for number in range(2, 2 + _UNCHANGED_RUNS)
+            run(tool.backup(bench, number), cwd=tree, env=env, log=log) for number in range(2, 2 + looks)
         ]
         unchanged = sorted(again, key=lambda taken: taken.seconds)[len(again) // 2]
         points.append(Point(amount, full, unchanged))

@@ -39,7 +39,8 @@ def say(text: str) -> None:
 
 
 def _run(work: Path, scenario: Scenario, asked: Asked, tools: list[Tool]) -> dict[str, object]:
-    taken = bench(work / "rounds", scenario, tools, rounds=asked.rounds, say=say)
+    most_runs = asked.size(9, 1)
+    taken = bench(work / "rounds", scenario, tools, rounds=asked.rounds, say=say, most_runs=most_runs)
     return tell(scenario, taken, rounds=asked.rounds)
 
 
@@ -107,7 +108,7 @@ def _growth(work: Path, asked: Asked) -> dict[str, object]:
     sizes = asked.gigabytes or ((0.002, 0.004, 0.008) if asked.small else (1, 4, 16))
     counts = asked.counts or ((50, 100, 200) if asked.small else (10_000, 100_000, 1_000_000))
     svg = work / "growth.svg" if asked.small else Path(__file__).with_name("growth.svg")
-    return growth(work, ours[0], gigabytes=sizes, counts=counts, svg=svg, say=say)
+    return growth(work, ours[0], gigabytes=sizes, counts=counts, looks=asked.size(3, 1), svg=svg, say=say)
 
 
 def _store(work: Path, asked: Asked) -> dict[str, object]:

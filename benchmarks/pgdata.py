@@ -107,7 +107,7 @@ class Cluster:
         self.place.mkdir()
         if os.geteuid() == 0:
             shutil.chown(self.place, _USER, _USER)
-        self._run("initdb", "-D", str(self.data), "-U", _USER, "-A", "trust", "--data-checksums")
+        self._run("initdb", "-D", str(self.data), "-U", _USER, "-A", "trust", "--data-checksums", "--no-sync")
 
     @contextmanager
     def running(self) -> Iterator[None]:

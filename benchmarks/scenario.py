@@ -79,7 +79,7 @@ class Steps:
 
 
 def bench(
-    base: Path, scenario: Scenario, tools: Sequence[Tool], *, rounds: int, say: Say
+    base: Path, scenario: Scenario, tools: Sequence[Tool], *, rounds: int, say: Say, most_runs: int = 9
 ) -> dict[str, Steps]:
     """Everything in `base`, which is for the caller to remove. Raises ToolFailed where a tool fails or restores
     something else than it was given."""
@@ -90,7 +90,7 @@ def bench(
         order = [*tools[shift:], *tools[:shift]]
         folder = base / f"round-{number}"
         benches = {tool.name: Bench(folder / str(index), scenario.tree) for index, tool in enumerate(tools)}
-        _Round(scenario, order, benches, taken, number, say).run()
+        _Round(scenario, order, benches, taken, number, most_runs, say).run()
         if scenario.end_of_round:
             scenario.end_of_round(number)
         if not scenario.keep:
@@ -105,6 +105,7 @@ class _Round:
     benches: dict[str, Bench]
     taken: dict[str, Steps]
     number: int
+    most_runs: int
     say: Say
 
     def run(self) -> None:
@@ -120,7 +121,7 @@ class _Round:
         if step.change:
             step.change(self.number)
         expected = self.scenario.digests(self.scenario.tree)  # warms the page cache for all of them, too
-        for _ in range(step.runs):
+        for _ in range(min(step.runs, self.most_runs)):
             for tool in self.order:
                 bench = self.benches[tool.name]
                 bench.runs += 1
