@@ -90,7 +90,7 @@ def test_two_halves_of_a_walk_are_the_whole(
     for parts in paths:
         (root / "/".join(parts)).mkdir(parents=True, exist_ok=True)
     whole = list(blocks(root))
-    for path, _, _ in whole:
+    for path, *_ in whole:
         middle = sort_key(path)
         if middle:
             first, second = list(blocks(root, end=middle)), list(blocks(root, start=middle))

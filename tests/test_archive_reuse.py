@@ -152,3 +152,19 @@ def test_large_files_of_an_interrupted_run_are_not_read_again(
     stored_before = 5  # of 3 MiB each in the one pack of 16 MiB that was stored
     assert len([name for name in opened if str(name).startswith("image")]) == 12 - stored_before
     assert not differences(describe(root), describe(engine.restore(point, tmp_path / "restored")))
+
+
+def test_a_file_changed_in_a_later_page_of_a_long_directory_is_read(tree: Path, tmp_path: Path) -> None:
+    """Its first page, which holds what is known of the directory itself, is taken over."""
+    long = tree / "long"
+    long.mkdir()
+    for number in range(1000):
+        (long / f"n{number:04}").write_bytes(b"%d" % number)
+    settle()
+    engine = Engine()
+    engine.write(tree)
+    (long / "n0990").write_bytes(b"new")
+    settle()
+    point = engine.write(tree)
+    assert point.warnings == ()
+    assert not differences(describe(tree), describe(engine.restore(point, tmp_path / "restored")))

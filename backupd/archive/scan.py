@@ -33,8 +33,9 @@ INODE = 4
 LINKS = 7
 
 Listing: TypeAlias = "list[tuple[str, StatTuple]]"
-Block: TypeAlias = "tuple[str, StatTuple | None, Listing]"
-"""A directory: its path, its own tuple (None for the later parts of one cut in two), what is in it, sorted."""
+Block: TypeAlias = "tuple[str, int, StatTuple | None, Listing]"
+"""A directory: its path, its inode, its own tuple (None for the later parts of one cut in two: it changes with every
+name that comes or goes), what is in it, sorted."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Pages of 25 to 160 entries: small ones are found unchanged more often, large ones cost less each.
@@ -108,10 +109,10 @@ class Scan:
             self.sockets += sockets
             start = 0
             for index in _cuts(listing):
-                page.append((path, own if start == 0 else None, listing[start : index + 1]))
+                page.append((path, own[INODE], own if start == 0 else None, listing[start : index + 1]))
                 yield page
                 page, entries, start = [], 0, index + 1
-            page.append((path, own if start == 0 else None, listing[start:]))
+            page.append((path, own[INODE], own if start == 0 else None, listing[start:]))
             entries += 1 + len(listing) - start
             if entries > _MOST or (entries > _LEAST and crc32(os.fsencode(path)) % 3 == 0):
                 yield page
@@ -211,7 +212,7 @@ def decode_listing(data: bytes) -> list[Block]:
 
 def has_links(page: list[Block]) -> bool:
     """Whether anything on it has several names: then the reader wants to know, also where nothing changed."""
-    return any(entry[LINKS] > 1 for _, _, listing in page for _, entry in listing)
+    return any(entry[LINKS] > 1 for _, _, _, listing in page for _, entry in listing)
 
 
 def _main() -> None:

@@ -60,11 +60,6 @@ class TreeReader:
         self._links: dict[int, str] = {}  # inode of a file with several names -> the first of them
         self._root = -1
         self._sought = False  # anything, among the directories of the latest point
-        self._place: tuple[str, str | None] = (
-            "",
-            None,
-        )  # of the directory looked for last: path, path it had
-        self._listed = ("", 0)  # the directory at hand: its path, its inode when it was listed
         self._incomplete = False  # something of the page at hand could not be read
 
     def read(self) -> Written:
@@ -124,15 +119,15 @@ class TreeReader:
         self._sockets += scan.sockets
 
     def _note_links(self, page: list[Block]) -> None:
-        for path, _, listing in page:
+        for path, _, _, listing in page:
             for name, entry in listing:
                 if entry[LINKS] > 1:
                     self._links.setdefault(entry[INODE], f"{path}/{name}" if path else name)
 
     def _read_page(self, page: list[Block], digest: str) -> None:
-        path, own, listing = page[0]
+        path, _, own, listing = page[0]
         first = sort_key(path) if own is not None else sort_key(path, listing[0][0] if listing else "")
-        last_path, _, last_listing = page[-1]
+        last_path, _, _, last_listing = page[-1]
         last = sort_key(last_path, last_listing[-1][0] if last_listing else "\U0010ffff")
         old = self._writer.earlier.rows(first, last)
         started = time.time_ns()
@@ -164,27 +159,23 @@ class TreeReader:
         than reading it; once it was looked for, it costs nothing."""
         if self._sought or not self._writer.earlier.ordered:
             return self._sought
-        entries = [entry for path, _, listing in page if path not in old for _, entry in listing]
+        entries = [entry for path, _, _, listing in page if path not in old for _, entry in listing]
         return len(entries) >= _MANY or sum(entry[1] for entry in entries) >= LARGE
 
     def _rows_elsewhere(self, block: Block) -> dict[str, Row]:
         """Rows of a directory where it was in the latest point, by its inode: files in it keep theirs, and their
         times, when it is moved; so none is opened."""
-        path, own, listing = block
-        if own is not None:
-            self._sought = True
-            self._place = (path, self._writer.earlier.places.get(own[INODE]))
-        here, there = self._place
-        if here != path or there is None or (own is None and not listing):
+        _, inode, own, listing = block
+        self._sought = True
+        there = self._writer.earlier.places.get(inode)
+        if there is None or (own is None and not listing):
             return {}
         first = sort_key(there) if own is not None else sort_key(there, listing[0][0])
         last = sort_key(there, listing[-1][0] if listing else "")
         return self._writer.earlier.rows(first, last).get(there, {})
 
     def _read_block(self, block: Block, known: dict[str, Row]) -> tuple[str, Row | None, list[Row]]:
-        path, own, listing = block
-        if own is not None:
-            self._listed = (path, own[INODE])
+        path, inode, own, listing = block
         rows: list[Row] = []
         directory = -1
         try:
@@ -192,7 +183,7 @@ class TreeReader:
                 row = known.get(name)
                 if row is None or not self._unchanged(path, name, entry, row):
                     if directory < 0:  # where nothing changed, the directory is not opened either
-                        directory = self._open_directory(path)
+                        directory = self._open_directory(path, inode)
                     row = self._read_entry(directory, path, name, entry)
                 if row is not None:
                     rows.append(row)
@@ -201,7 +192,7 @@ class TreeReader:
                 own_row = None
             elif own_row is None or tuple(own_row[1:CONTENT]) != own:
                 if directory < 0:
-                    directory = self._open_directory(path)
+                    directory = self._open_directory(path, inode)
                 own_row = self._own_row(directory, path, own)
             return path, own_row, rows
         except _Unreadable as error:
@@ -212,13 +203,13 @@ class TreeReader:
             if directory >= 0:
                 os.close(directory)
 
-    def _open_directory(self, path: str) -> int:
+    def _open_directory(self, path: str, inode: int) -> int:
         """The directory that was listed, and no other. Raises _Unreadable."""
         try:
             directory = open_below(self._root, path)
         except OSError as error:
             raise _Unreadable(error.strerror) from None
-        if self._listed != (path, os.fstat(directory).st_ino):
+        if os.fstat(directory).st_ino != inode:
             os.close(directory)
             raise _Unreadable("was replaced while the tree was read")
         return directory
