@@ -200,7 +200,7 @@ class Agent:
                 hint="install it, or restore the files alone: --to dir:PATH",
             )
         # The place it was captured from is not known here, and a restore into a fresh home does not need it.
-        return make_driver(model.model_construct(name=point.source), self.engine)
+        return make_driver(model(name=point.source), self.engine)
 
     # --- names -----------------------------------------------------------------------------------------
 

@@ -103,5 +103,9 @@ def config_command(session: Session, what: str) -> int:
         return 0
     config = session.agent.config
     note(session, f"from {config.origin}")
-    print_json(plain(config.model_dump(mode="json")))
+    shown = plain(config)
+    del shown["origin"]  # no keys of the file, both
+    for source in shown["sources"].values():
+        del source["name"]
+    print_json(shown)
     return 0

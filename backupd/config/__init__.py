@@ -16,8 +16,9 @@ from backupd.config.models import (
     SourceConfig,
     StackConfig,
     VolumeSource,
-    json_schema,
 )
+from backupd.config.schema import json_schema
+from backupd.config.secret import Secret
 from backupd.config.values import closest, format_duration, parse_duration
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PostgresSource",
     "RedisSource",
     "RepositoryConfig",
+    "Secret",
     "ServeConfig",
     "Source",
     "SourceConfig",
