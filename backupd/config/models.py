@@ -42,7 +42,7 @@ class Table:
         """What only the table as a whole tells. Raises Mistaken."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RepositoryConfig(Table):
     """Where recovery points are kept: a directory, or `s3://bucket/prefix` with its options."""
 
@@ -76,7 +76,7 @@ class RepositoryConfig(Table):
         return self.location.startswith("s3://")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DefaultsConfig(Table):
     """What a source uses where it says nothing itself."""
 
@@ -85,7 +85,7 @@ class DefaultsConfig(Table):
     retention: Policy = Policy()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SourceConfig(Table):
     """What every kind of source has. From `load`, `schedule` is None where nothing is scheduled, and
     `timezone` and `retention` are set."""
@@ -130,7 +130,7 @@ def _scheme(url: str | None, *schemes: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PostgresSource(SourceConfig):
     """A PostgreSQL server."""
 
@@ -153,7 +153,7 @@ class PostgresSource(SourceConfig):
             raise Mistaken("databases is empty", "name at least one, or leave it out for all of them")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RedisSource(SourceConfig):
     """A Redis or Valkey server."""
 
@@ -180,7 +180,7 @@ class RedisSource(SourceConfig):
             raise Mistaken('source_of_rdb = "container" needs container', "name the server's container")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ChromaSource(SourceConfig):
     """The persistent directory of a ChromaDB server."""
 
@@ -201,7 +201,7 @@ class ChromaSource(SourceConfig):
             raise Mistaken('quiesce = "pause" needs container', "name the container to pause")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class VolumeSource(SourceConfig):
     """A directory, or a named Docker volume."""
 
@@ -231,7 +231,7 @@ SOURCES: dict[str, type[SourceConfig]] = {
 """Driver -> what its table may say. Whoever adds a driver adds its kind of source."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Objectives(Table):
     """What the restore of a stack must keep to."""
 
@@ -239,7 +239,7 @@ class Objectives(Table):
     rpo: timedelta | None = key(None, "How much may be lost.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StackConfig(Table):
     """Sources that are restored together, to one instant."""
 
@@ -247,7 +247,7 @@ class StackConfig(Table):
     objectives: Objectives = Objectives()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ServeConfig(Table):
     """The agent that runs until it is stopped."""
 
@@ -274,7 +274,7 @@ class ServeConfig(Table):
         return host.strip("[]"), int(port)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Config(Table):
     """A whole configuration, valid."""
 
