@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from backupd.config import (
     ConfigInvalid,
     PostgresSource,
     format_duration,
-    json_schema,
     load,
     parse,
     parse_duration,
 )
+from backupd.config.schema import json_schema
 from backupd.config.values import Mistaken, check_name, check_schedule
 from backupd.errors import UsageError
 from backupd.retention import Policy
@@ -148,7 +147,7 @@ def test_no_secret_is_ever_shown(shown: str, tmp_path: Path) -> None:
         "repr": repr(config),
         "str": str(config),
         "json": json.dumps(plain(config)),
-        "dump": str(asdict(config)),
+        "dump": str(vars(config)),
     }[shown]
     assert "hunter2" not in text
     assert "*****" in text

@@ -97,7 +97,7 @@ def check_command(session: Session) -> int:
 def config_command(session: Session, what: str) -> int:
     """Show the configuration as it is understood, defaults filled in and secrets hidden; or its JSON Schema."""
     if what == "schema":
-        from backupd.config import json_schema
+        from backupd.config.schema import json_schema
 
         print(json.dumps(json_schema(), indent=2))
         return 0

@@ -17,8 +17,8 @@ from backupd.config.models import (
     StackConfig,
     VolumeSource,
 )
-from backupd.config.schema import json_schema
 from backupd.config.secret import Secret
+from backupd.config.table import Table
 from backupd.config.values import closest, format_duration, parse_duration
 
 __all__ = [
@@ -37,11 +37,11 @@ __all__ = [
     "Source",
     "SourceConfig",
     "StackConfig",
+    "Table",
     "VolumeSource",
     "closest",
     "find",
     "format_duration",
-    "json_schema",
     "load",
     "parse",
     "parse_duration",

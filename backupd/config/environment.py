@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def from_environment(env: Mapping[str, str]) -> Config:
     mistakes += [Mistake(names.get(m.key, m.key), m.message, m.hint) for m in in_tree]
     if mistakes or config is None:
         raise ConfigInvalid(ENVIRONMENT, mistakes)
-    return replace(config, origin=ENVIRONMENT)
+    return config.replace(origin=ENVIRONMENT)
 
 
 def _slug(name: str) -> str:

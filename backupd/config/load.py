@@ -79,7 +79,7 @@ def parse(text: str, *, origin: str, base: Path, env: Mapping[str, str], locatio
     mistakes += cross_check(tree)
     if mistakes or config is None:
         raise ConfigInvalid(origin, mistakes)
-    return _settle(replace(config, origin=origin), base, env)
+    return _settle(config.replace(origin=origin), base, env)
 
 
 def _toml_hint(message: str) -> str:
@@ -169,12 +169,10 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
         location = str(base / _home(location))
     serve = config.serve
     state = config.state or (Path(env["BACKUPD_STATE"]) if env.get("BACKUPD_STATE") else None)
-    return replace(
-        config,
-        repository=replace(repository, location=location, ca_bundle=_absolute(repository.ca_bundle, base)),
+    return config.replace(
+        repository=repository.replace(location=location, ca_bundle=_absolute(repository.ca_bundle, base)),
         sources={name: _settle_source(name, s, config.defaults, base) for name, s in config.sources.items()},
-        serve=replace(
-            serve,
+        serve=serve.replace(
             prune_schedule=_unless_never(serve.prune_schedule),
             verify_schedule=_unless_never(serve.verify_schedule),
         ),
@@ -190,8 +188,7 @@ def _settle_source(name: str, source: Source, defaults: DefaultsConfig, base: Pa
     paths: dict[str, Any] = {
         k: _absolute(getattr(source, k), base) for k in ("path", "staging") if hasattr(source, k)
     }
-    return replace(
-        source,
+    return source.replace(
         name=name,
         schedule=_unless_never(source.schedule or defaults.schedule),
         timezone=zone,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupd.config.values import Mistaken, check_name, closest
 from backupd.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Mistake:
+class Mistake(NamedTuple):
     """One thing wrong: the key it is at, what is wrong, what to write instead."""
 
     key: str

@@ -1,15 +1,17 @@
-"""What a configuration may say, as frozen dataclasses: a field is a key, its type is what may stand there (`read`
-knows how). `load` applies the defaults and makes paths absolute."""
+"""What a configuration may say. `read` knows what the types of keys mean; `load` applies the defaults and makes
+paths absolute."""
 
 # Without postponed annotations: the types are read at run time, and need not be looked up again then.
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from backupd.config.secret import Secret
+from backupd.config.table import REQUIRED, Table, key
 from backupd.config.values import Mistaken
 from backupd.retention import Policy
 
@@ -21,28 +23,8 @@ ENVIRONMENT = "the environment"
 
 Schedule: TypeAlias = Annotated[str, "schedule"]
 Zone: TypeAlias = Annotated[str, "zone"]
-INNER = ("name", "origin")
-"""Fields that are no keys: set by `load`."""
 
 
-def key(default: Any, about: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """A key: its value where the file says nothing, what it is for, and what it may be (a list: how long)."""
-    return field(default=default, metadata={"about": about, "least": least, "most": most})
-
-
-class Table:
-    """A table of the file. Unknown keys are mistakes; nothing changes after it was read."""
-
-    @classmethod
-    def prepare(cls, table: dict[str, Any]) -> dict[str, Any]:
-        """The table as it is to be read. Raises Mistaken."""
-        return table
-
-    def check(self) -> None:
-        """What only the table as a whole tells. Raises Mistaken."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class RepositoryConfig(Table):
     """Where recovery points are kept: a directory, or `s3://bucket/prefix` with its options."""
 
@@ -76,7 +58,6 @@ class RepositoryConfig(Table):
         return self.location.startswith("s3://")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class DefaultsConfig(Table):
     """What a source uses where it says nothing itself."""
 
@@ -85,7 +66,6 @@ class DefaultsConfig(Table):
     retention: Policy = Policy()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class SourceConfig(Table):
     """What every kind of source has. From `load`, `schedule` is None where nothing is scheduled, and
     `timezone` and `retention` are set."""
@@ -130,7 +110,6 @@ def _scheme(url: str | None, *schemes: str) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class PostgresSource(SourceConfig):
     """A PostgreSQL server."""
 
@@ -153,7 +132,6 @@ class PostgresSource(SourceConfig):
             raise Mistaken("databases is empty", "name at least one, or leave it out for all of them")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class RedisSource(SourceConfig):
     """A Redis or Valkey server."""
 
@@ -180,7 +158,6 @@ class RedisSource(SourceConfig):
             raise Mistaken('source_of_rdb = "container" needs container', "name the server's container")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ChromaSource(SourceConfig):
     """The persistent directory of a ChromaDB server."""
 
@@ -201,7 +178,6 @@ class ChromaSource(SourceConfig):
             raise Mistaken('quiesce = "pause" needs container', "name the container to pause")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class VolumeSource(SourceConfig):
     """A directory, or a named Docker volume."""
 
@@ -231,7 +207,6 @@ SOURCES: dict[str, type[SourceConfig]] = {
 """Driver -> what its table may say. Whoever adds a driver adds its kind of source."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Objectives(Table):
     """What the restore of a stack must keep to."""
 
@@ -239,15 +214,13 @@ class Objectives(Table):
     rpo: timedelta | None = key(None, "How much may be lost.")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class StackConfig(Table):
     """Sources that are restored together, to one instant."""
 
-    sources: tuple[str, ...] = field(metadata={"least": 1})
+    sources: tuple[str, ...] = key(REQUIRED, "Their names.", least=1)
     objectives: Objectives = Objectives()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ServeConfig(Table):
     """The agent that runs until it is stopped."""
 
@@ -274,14 +247,13 @@ class ServeConfig(Table):
         return host.strip("[]"), int(port)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Config(Table):
     """A whole configuration, valid."""
 
     repository: RepositoryConfig = RepositoryConfig()
     defaults: DefaultsConfig = DefaultsConfig()
-    sources: dict[str, Source] = field(default_factory=dict)
-    stacks: dict[str, StackConfig] = field(default_factory=dict)
+    sources: Mapping[str, Source] = MappingProxyType({})
+    stacks: Mapping[str, StackConfig] = MappingProxyType({})
     serve: ServeConfig = ServeConfig()
     state: Path | None = key(None, "Where the agent keeps its history; a cache.")
     origin: str = ""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from backupd.config.mistakes import Mistake, dotted
-from backupd.config.models import INNER, SOURCES, Config, Schedule, Source, SourceConfig, Table, Zone
+from backupd.config.models import SOURCES, Config, Schedule, Source, SourceConfig, Zone
 from backupd.config.secret import Secret
+from backupd.config.table import REQUIRED, Key, Table, keys_of
 from backupd.config.values import Mistaken, check_schedule, check_zone, closest, parse_duration
+from backupd.retention import Policy
 
 At = tuple[str, ...]
 """Where a value stands: the keys on the way to it."""
@@ -23,18 +23,6 @@ def read(tree: dict[str, Any], mistakes: list[Mistake]) -> Config | None:
     """The configuration in `tree`; None where there are mistakes, which are added to those known already."""
     config: Config | None = _Reader(mistakes).table(Config, tree, ())
     return config
-
-
-def keys_of(model: type[Any]) -> dict[str, tuple[Any, Field[Any]]]:
-    """The keys that may stand in a table: of each its kind, which is its type without None, and its field."""
-    types = get_type_hints(model, include_extras=True)
-    return {f.name: (_present(types[f.name]), f) for f in fields(model) if f.name not in INNER}
-
-
-def _present(kind: Any) -> Any:
-    """Without None: TOML has no word for it, the key is simply not there."""
-    parts = [part for part in get_args(kind) if part is not type(None)]
-    return parts[0] if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else kind
 
 
 class _Reader:
@@ -64,11 +52,11 @@ class _Reader:
             self._note(at, wrong.message, wrong.hint)
         for name, value in table.items():
             if name in keys:
-                values[name] = self._key(*keys[name], value, (*at, name))
+                values[name] = self._key(keys[name], value, (*at, name))
             else:
                 self._note((*at, name), "unknown key", closest(name, keys) or f"there are {', '.join(keys)}")
-        for name, (_, field) in keys.items():
-            if name not in table and field.default is MISSING and field.default_factory is MISSING:
+        for name, key in keys.items():
+            if name not in table and key.default is REQUIRED:
                 self._note((*at, name), "is missing", "write it")
         return self._made(model, values, at) if self._wrong == wrong_before else None
 
@@ -85,10 +73,10 @@ class _Reader:
             return made
         return None
 
-    def _key(self, kind: Any, field: Field[Any], value: object, at: At) -> Any:
+    def _key(self, key: Key, value: object, at: At) -> Any:
         try:
-            found = self._value(kind, value, at)
-            _check_limits(found, field.metadata.get("least"), field.metadata.get("most"))
+            found = self._value(key.kind, value, at)
+            _check_limits(found, key.least, key.most)
         except Mistaken as wrong:
             self._note(at, wrong.message, wrong.hint)
             return None
@@ -96,10 +84,10 @@ class _Reader:
 
     def _value(self, kind: Any, value: object, at: At) -> Any:
         """By its kind: a table, named tables, a list of texts, a word of several, or what READERS can read."""
-        if is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(kind, type) and issubclass(kind, Table | Policy):
             return self.table(kind, value, at)
         origin = get_origin(kind)
-        if origin is dict:
+        if origin is Mapping:
             return self._named_tables(get_args(kind)[1], value, at)
         if origin is tuple:
             return self._texts(value, at)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from backupd.config.models import SOURCES, Config, Schedule, Source, Zone
-from backupd.config.read import keys_of
 from backupd.config.secret import Secret
+from backupd.config.table import REQUIRED, Key, Table, keys_of
 from backupd.config.values import NICKNAMES, format_duration
 from backupd.retention import ALL, RULES, Policy
 
@@ -53,13 +52,13 @@ def json_schema() -> dict[str, Any]:
 def _table(model: type[Any], tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """A table; the tables below it are put into `tables` by name."""
     properties, required = {}, []
-    for name, (kind, field) in keys_of(model).items():
-        properties[name] = {**_kind(kind, tables), **_field(field)}
-        about = [field.metadata.get("about"), properties[name].get("description")]
+    for name, key in keys_of(model).items():
+        properties[name] = {**_kind(key.kind, tables), **_limits(key)}
+        about = [key.about, properties[name].get("description")]
         if any(about):
             properties[name]["description"] = " ".join(filter(None, about))
         # Which driver it is cannot be left out, though a model knows its own.
-        if name == "driver" or (field.default is MISSING and field.default_factory is MISSING):
+        if name == "driver" or key.default is REQUIRED:
             required.append(name)
     table: dict[str, Any] = {
         "type": "object",
@@ -85,26 +84,24 @@ def _kind(kind: Any, tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
         }
     if kind in _KINDS:
         return dict(_KINDS[kind])
-    if is_dataclass(kind) and isinstance(kind, type):
+    if isinstance(kind, type) and issubclass(kind, Table):
         if kind.__name__ not in tables:
             tables[kind.__name__] = _table(kind, tables)
         return {"$ref": f"#/$defs/{kind.__name__}"}
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return {**_TEXT, "const": parts[0]} if len(parts) == 1 else {**_TEXT, "enum": list(parts)}
-    if origin is dict:
+    if origin is Mapping:
         return {"type": "object", "additionalProperties": _kind(parts[1], tables)}
     return {"type": "array", "items": _TEXT}
 
 
-def _field(field: Field[Any]) -> dict[str, Any]:
+def _limits(key: Key) -> dict[str, Any]:
     """What a key says besides its kind: its default and its limits."""
     about: dict[str, Any] = {}
-    default = field.default
-    if isinstance(default, timedelta):
-        about["default"] = format_duration(default)
-    elif isinstance(default, str | int | float | tuple):
-        about["default"] = list(default) if isinstance(default, tuple) else default
-    least, most = ("minItems", "maxItems") if get_origin(field.type) is tuple else ("minimum", "maximum")
-    limits = {least: field.metadata.get("least"), most: field.metadata.get("most")}
-    return about | {word: limit for word, limit in limits.items() if limit is not None}
+    if isinstance(key.default, timedelta):
+        about["default"] = format_duration(key.default)
+    elif isinstance(key.default, str | int | float | tuple):
+        about["default"] = list(key.default) if isinstance(key.default, tuple) else key.default
+    least, most = ("minItems", "maxItems") if get_origin(key.kind) is tuple else ("minimum", "maximum")
+    return about | {word: at for word, at in ((least, key.least), (most, key.most)) if at is not None}

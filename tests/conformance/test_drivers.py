@@ -182,7 +182,7 @@ def test_the_table_names_every_driver() -> None:
     """Each has a case here, and a kind nobody brings is refused with the list."""
     assert sorted(DRIVERS) == sorted(MAKERS)
     with pytest.raises(UsageError, match="no driver 'nosuch'") as failure:
-        make_driver(RedisSource.model_construct(driver="nosuch"), ENGINE)  # type: ignore[arg-type]
+        make_driver(RedisSource(driver="nosuch"), ENGINE)  # type: ignore[arg-type]
     assert "postgres" in failure.value.hint
 
 
