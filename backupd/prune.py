@@ -1,32 +1,49 @@
 """Remove what retention no longer keeps. `plan_prune` only reads; `prune` carries it out under a lease.
 
-Manifests go first, then the packs that no manifest names any more, so that being stopped half-way leaves packs too
-many and never a point with too few. Packs of runs that were interrupted go when they are older than a day: a backup
-uses such packs only while they are much younger. What is not named as ours is never read and never touched.
+First the packs of kept points of which too little is still needed are repacked (`archive.compact`); then manifests
+go, then the packs that no manifest names any more, so that being stopped anywhere leaves packs too many and never a
+point with too few. What is damaged stops it before anything went.
+
+Packs that were repacked go when that was a day ago: a restore that read the manifest before may still need them.
+Packs of runs that were interrupted go when they are older than a day: a backup uses such packs only while they are
+much younger. What is not named as ours is never read and never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from backupd.errors import Damaged, NoRecoveryPoint
+from backupd.archive.compact import compact
+from backupd.archive.repack import Choice, choose
+from backupd.archive.usage import Usage, measure
+from backupd.errors import Damaged, NoRecoveryPoint, StoreError
 from backupd.model import Clock, Lease, ObjectInfo, Progress
 from backupd.repository import Manifest, Repository
 from backupd.retention import Policy, Verdict, decide
 
 GRACE = timedelta(days=1)
-"""Age at which a pack that no manifest names is an interrupted run's and not one of a run at work."""
+"""Age at which a pack that no manifest names is an interrupted run's and not one of a run at work; and how long one
+that was repacked stays for those who read the manifest before."""
+
+Pack = tuple[str, str, int]
+"""Source, name, bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What would be removed, with every verdict."""
+    """What would be removed and repacked, with every verdict."""
 
     verdicts: tuple[Verdict, ...] = ()
-    packs: tuple[tuple[str, str, int], ...] = ()
-    """(source, name, bytes) of packs that nothing would need."""
+    packs: tuple[Pack, ...] = ()
+    """That nothing would need, to go at once."""
+    waiting: tuple[Pack, ...] = ()
+    """That nothing needs any more, to go when they were repacked a day ago."""
+    repack: tuple[Pack, ...] = ()
+    """To write anew, largest gain first. Without these, in the next plan they are waiting."""
+    bytes_rewritten: int = 0
+    """To write for that: an estimate."""
 
     @property
     def packs_to_delete(self) -> int:
@@ -39,23 +56,61 @@ class PrunePlan:
 
 @dataclass(slots=True)
 class PruneReport:
-    """What was removed."""
+    """What was removed and repacked."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     objects_removed: int = 0
     bytes_freed: int = 0
+    """Of what was removed now."""
+    packs_repacked: int = 0
+    bytes_rewritten: int = 0
+    """Of new packs and manifests; in a dry run, an estimate."""
+    bytes_waiting: int = 0
+    """Of packs that nothing needs any more, repacked now or before: a prune a day after that removes them."""
 
 
-def plan_prune(repository: Repository, policies: Mapping[str, Policy], *, now: datetime) -> PrunePlan:
-    """Reads only. Sources without a policy keep everything. Raises Damaged where a manifest cannot be read: what it
-    needs is unknown, so nothing of that repository may go."""
-    verdicts: list[Verdict] = []
-    packs: list[tuple[str, str, int]] = []
-    for source, policy in sorted(policies.items()):
-        plan = _plan_source(repository, source, policy, now)
-        verdicts += plan.verdicts
-        packs += plan.packs
-    return PrunePlan(tuple(verdicts), tuple(packs))
+@dataclass(frozen=True, slots=True)
+class _SourcePlan:
+    """What is to be done for one source, and what carrying it out must know."""
+
+    source: str
+    verdicts: list[Verdict]
+    kept: list[Manifest]
+    objects: Mapping[str, ObjectInfo]
+    packs: list[Pack]
+    waiting: list[Pack]
+    usage: Usage | None
+    choice: Choice
+
+    @property
+    def repack(self) -> list[Pack]:
+        return [(self.source, name, self.objects[name].size) for name in self.choice.packs]
+
+
+def plan_prune(
+    repository: Repository,
+    policies: Mapping[str, Policy],
+    *,
+    now: datetime,
+    max_unused: float | None = None,
+) -> PrunePlan:
+    """Reads only. Sources without a policy keep everything. Raises Damaged where a manifest or an index cannot be
+    read: what it needs is unknown, so nothing of that repository may go.
+
+    `max_unused`: None repacks what frees at least what it writes; a share (0.05), until at most that share of a
+    source's packs is unneeded, whatever it costs; 1 repacks nothing.
+    """
+    plans = [
+        _plan_source(repository, source, policy, now, max_unused)
+        for source, policy in sorted(policies.items())
+    ]
+    return PrunePlan(
+        tuple(verdict for plan in plans for verdict in plan.verdicts),
+        tuple(pack for plan in plans for pack in plan.packs),
+        tuple(pack for plan in plans for pack in plan.waiting),
+        tuple(pack for plan in plans for pack in plan.repack),
+        sum(plan.choice.rewritten for plan in plans),
+    )
 
 
 def prune(
@@ -64,24 +119,31 @@ def prune(
     *,
     clock: Clock,
     dry_run: bool = False,
+    max_unused: float | None = None,
     progress: Progress,
 ) -> PruneReport:
     """Carry it out, a source at a time, each under its lease. Raises Locked, StoreError, Damaged."""
     if dry_run:
-        plan = plan_prune(repository, policies, now=clock())
-        return PruneReport(list(plan.verdicts), 0, plan.bytes_freed)
+        plan = plan_prune(repository, policies, now=clock(), max_unused=max_unused)
+        waiting = sum(size for _, _, size in (*plan.waiting, *plan.repack))
+        return PruneReport(
+            list(plan.verdicts), 0, plan.bytes_freed, len(plan.repack), plan.bytes_rewritten, waiting
+        )
     report = PruneReport()
     for source, policy in sorted(policies.items()):
         progress.stage(f"{source}: pruning")
         with repository.lease(source) as lease:
             # Planned under the lease: a backup that ended just now has its manifest in this listing.
-            plan = _plan_source(repository, source, policy, clock())
-            _carry_out(repository, plan, lease, report, progress)
-        report.verdicts += plan.verdicts
+            now = clock()
+            source_plan = _plan_source(repository, source, policy, now, max_unused)
+            _carry_out(repository, source_plan, now, lease, report, progress)
+        report.verdicts += source_plan.verdicts
     return report
 
 
-def _plan_source(repository: Repository, source: str, policy: Policy, now: datetime) -> PrunePlan:
+def _plan_source(
+    repository: Repository, source: str, policy: Policy, now: datetime, max_unused: float | None
+) -> _SourcePlan:
     # Packs are listed before manifests: a pack that comes between the two listings is not in ours.
     objects = dict(repository.packs(source))
     try:
@@ -93,8 +155,26 @@ def _plan_source(repository: Repository, source: str, policy: Policy, now: datet
         ) from None
     verdicts = decide([manifest.point for manifest in manifests], policy, now=now)
     _refuse_everything(source, verdicts)
-    kept = {verdict.point.id for verdict in verdicts if verdict.keep}
-    return PrunePlan(tuple(verdicts), tuple(_useless_packs(source, manifests, kept, objects, now)))
+    keep = {verdict.point.id for verdict in verdicts if verdict.keep}
+    kept = [manifest for manifest in manifests if manifest.point.id in keep]
+    packs, waiting = _useless_packs(source, manifests, kept, objects, now)
+    usage, choice = None, Choice()
+    if kept and (max_unused is None or max_unused < 1):
+        try:
+            usage = measure(repository, source, kept, repository.point_sizes(source))
+        except Damaged as error:
+            raise _refused(source, error) from None
+        freed = sum(size for _, _, size in packs)
+        choice = choose(usage.uses, usage.index, freed=freed, max_unused=max_unused)
+    return _SourcePlan(source, verdicts, kept, objects, packs, waiting, usage, choice)
+
+
+def _refused(source: str, error: Damaged) -> Damaged:
+    return Damaged(
+        f"nothing of {source} is pruned: {error.message}",
+        hint="`backupd verify --data 100%` names the points that need it; `backupd prune --max-unused 100%` removes "
+        "what retention does not keep and repacks nothing",
+    )
 
 
 def _refuse_everything(source: str, verdicts: list[Verdict]) -> None:
@@ -106,25 +186,47 @@ def _refuse_everything(source: str, verdicts: list[Verdict]) -> None:
 
 
 def _useless_packs(
-    source: str, manifests: list[Manifest], kept: set[str], objects: Mapping[str, ObjectInfo], now: datetime
-) -> list[tuple[str, str, int]]:
-    """Packs that no kept point names and that are either a removed point's or old enough to be nobody's."""
-    needed = {pack.name for manifest in manifests if manifest.point.id in kept for pack in manifest.packs}
+    source: str,
+    manifests: list[Manifest],
+    kept: list[Manifest],
+    objects: Mapping[str, ObjectInfo],
+    now: datetime,
+) -> tuple[list[Pack], list[Pack]]:
+    """Packs that no kept point names: those that may go, and those that were repacked less than a day ago. They may
+    go when they were a removed point's, or no point of ours names them, or they are old enough to be nobody's."""
+    needed = {pack.name for manifest in kept for pack in manifest.packs}
     named = {pack.name for manifest in manifests for pack in manifest.packs}
     finished = {manifest.point.id for manifest in manifests}
-    useless = []
+    replaced: dict[str, datetime] = {}
+    for manifest in manifests:
+        for name, at in manifest.replaced:
+            replaced[name] = max(at, replaced.get(name, at))
+    useless, waiting = [], []
     for name, info in sorted(objects.items()):
         if name in needed:
             continue
-        ours = name in named or name.split("/")[0] in finished
+        if name in replaced and now - replaced[name] <= GRACE:
+            waiting.append((source, name, info.size))
+            continue
+        ours = name in named or name in replaced or name.split("/")[0] in finished
         if ours or now - info.modified > GRACE:
             useless.append((source, name, info.size))
-    return useless
+    return useless, waiting
 
 
 def _carry_out(
-    repository: Repository, plan: PrunePlan, lease: Lease, report: PruneReport, progress: Progress
+    repository: Repository,
+    plan: _SourcePlan,
+    now: datetime,
+    lease: Lease,
+    report: PruneReport,
+    progress: Progress,
 ) -> None:
+    full: StoreError | None = None
+    try:
+        _repack(repository, plan, now, lease, report, progress)
+    except StoreError as error:
+        full = error  # a disk without room gets some from what goes, or prune could never run again
     for verdict in plan.verdicts:
         if not verdict.keep:
             repository.remove_point(verdict.point, lease)
@@ -135,3 +237,40 @@ def _carry_out(
         report.objects_removed += 1
         report.bytes_freed += size
         progress.advance(size, 1)
+    report.bytes_waiting += sum(size for _, _, size in plan.waiting)
+    if full is not None:
+        raise full
+
+
+def _repack(
+    repository: Repository,
+    plan: _SourcePlan,
+    now: datetime,
+    lease: Lease,
+    report: PruneReport,
+    progress: Progress,
+) -> None:
+    if plan.usage is None or not plan.choice.packs:
+        return
+    progress.stage(f"{plan.source}: repacking {len(plan.choice.packs)} packs")
+    try:
+        done = compact(
+            repository, plan.source, plan.kept, plan.usage, plan.choice.packs, names=_free_names(plan),
+            present=plan.objects, lease=lease, at=now, progress=progress,
+        )  # fmt: skip
+    except Damaged as error:
+        raise _refused(plan.source, error) from None
+    report.packs_repacked += len(plan.choice.packs)
+    report.bytes_rewritten += done.bytes
+    report.bytes_waiting += sum(size for _, _, size in plan.repack)
+
+
+def _free_names(plan: _SourcePlan) -> Iterator[str]:
+    """Names for new packs: after those of the newest kept point's own run, so that they count as its."""
+    point = plan.kept[-1].point.id
+    names = {*plan.objects, *plan.usage.packs} if plan.usage else set(plan.objects)
+    taken = [int(number) for owner, _, number in (name.partition("/") for name in names) if owner == point]
+    number = max(taken, default=-1)
+    while True:
+        number += 1
+        yield f"{point}/{number:04d}"

@@ -78,6 +78,9 @@ class Manifest:
     """Pages are sorted by `first`: a member is found by bisection."""
     pages: tuple[PageRef, ...]
     packs: tuple[PackRef, ...]
+    replaced: tuple[tuple[str, datetime], ...] = ()
+    """Packs that this manifest named until prune wrote their content anew, and when: who has read it before may
+    still be reading them."""
 
 
 def new_point_id() -> str:
@@ -188,12 +191,26 @@ class Repository:
 
     def commit(self, manifest: Manifest) -> None:
         """Make a recovery point exist. Everything it names must be stored already."""
-        data = json.dumps(encode_manifest(manifest), separators=(",", ":")).encode()
-        self.store.put(point_key(manifest.point), self.codec.encode(data))
+        self.store.put(point_key(manifest.point), self._encoded(manifest))
+
+    def replace(self, manifest: Manifest, lease: Lease) -> int:
+        """Put a manifest in the place of the one its point had, in one step; its stored length. What either names
+        must be stored, and what it describes must be the same."""
+        data = self._encoded(manifest)
+        lease.check()
+        self.store.put(point_key(manifest.point), data, overwrite=True)
+        return len(data)
+
+    def _encoded(self, manifest: Manifest) -> bytes:
+        return self.codec.encode(json.dumps(encode_manifest(manifest), separators=(",", ":")).encode())
 
     def point_ids(self, source: str) -> set[str]:
         """Of every point of a source, readable or not: the first part of the names of the packs its run wrote."""
         return {_parse_point_key(info.key)[2] for info in self._point_objects(source)}
+
+    def point_sizes(self, source: str) -> dict[str, int]:
+        """Of the manifests of a source as stored, by point id."""
+        return {_parse_point_key(info.key)[2]: info.size for info in self._point_objects(source)}
 
     def point_keys(self, source: str) -> list[str]:
         """Of every manifest of a source, oldest start first, readable or not."""
@@ -287,6 +304,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
     for name in _TIMES:
         point[name] = point[name].astimezone(UTC).isoformat()
     number = {pack.name: index for index, pack in enumerate(manifest.packs)}
+    replaced = [[name, at.astimezone(UTC).isoformat()] for name, at in manifest.replaced]
     return {
         "format": FORMAT,
         "codec": manifest.codec,
@@ -298,6 +316,7 @@ def encode_manifest(manifest: Manifest) -> dict[str, Any]:
              [number[name] for name in p.packs], p.members, p.bytes]
             for p in manifest.pages
         ],
+        **({"replaced": replaced} if replaced else {}),
     }  # fmt: skip
 
 
@@ -324,13 +343,19 @@ def decode_manifest(data: Mapping[str, Any]) -> Manifest:
     )
     point = dict(data["point"])
     for name in _TIMES:
-        point[name] = datetime.fromisoformat(point[name])
-        if point[name].tzinfo is None:
-            raise ValueError(f"{name} has no time zone")
+        point[name] = _time(point[name])
     point["kind"] = PointKind(point["kind"])
     point["warnings"] = tuple(point["warnings"])
     known = {f.name for f in fields(RecoveryPoint)}
     return Manifest(
         RecoveryPoint(**{key: value for key, value in point.items() if key in known}),
         str(data["codec"]), bool(data["ordered"]), pages, packs,
+        tuple((str(name), _time(at)) for name, at in data.get("replaced", ())),
     )  # fmt: skip
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError(f"{text} has no time zone")
+    return time

@@ -2,29 +2,29 @@
 
 Structure: every manifest, every pack it names, their directories, every index page, and that each member's content
 lies in a blob that exists. Data: frames of whole packs are decoded and every blob compared with its digest, in
-parallel. Nothing stops at the first damage: the report names each, and the points that need it.
+parallel and in bounded memory. Nothing stops at the first damage: the report names each, and the points that need it.
 """
 
 from __future__ import annotations
 
 import random
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from backupd.archive.earlier import load_directory, read_page
-from backupd.archive.pack import BLOB, Directory
+from backupd.archive.pack import Directory
 from backupd.archive.page import CONTENT, MODE, NAME, SIZE, extra_of, is_file
+from backupd.archive.parallel import Span, in_order, read_frames, spans
 from backupd.errors import BackupdError, Damaged, StoreError
 from backupd.model import Progress
 from backupd.repository import Manifest, PackRef, PageRef, Repository
 
 T = TypeVar("T")
+R = TypeVar("R")
 
-_READERS = 4
 _MOST_PROBLEMS = 1000
 
 
@@ -83,15 +83,17 @@ class _Source:
     def run(self, data_percent: float) -> None:
         manifests = list(self._manifests())
         packs = self._packs(manifests)
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="verify") as readers:
-            list(readers.map(self._guard(self._check_pack), packs.values()))
-            pages = {page.digest + page.pack: (page, m) for m in manifests for page in m.pages}
-            list(readers.map(self._guard(lambda item: self._check_page(*item)), pages.values()))
-            if data_percent > 0:
-                sound = sorted(self._counts)
-                count = max(1, round(len(sound) * data_percent / 100)) if sound else 0
-                chosen = [packs[name] for name in self._choose(sound, count)]
-                list(readers.map(self._guard(self._check_data), chosen))
+        self._each(packs.values(), self._check_pack)
+        pages = {page.digest + page.pack: (page, m) for m in manifests for page in m.pages}
+        self._each(pages.values(), lambda item: self._check_page(*item))
+        if data_percent > 0:
+            sound = sorted(self._counts)
+            count = max(1, round(len(sound) * data_percent / 100)) if sound else 0
+            chosen = [packs[name] for name in self._choose(sound, count)]
+            self._each(self._spans(chosen), self._check_span)
+
+    def _each(self, items: Iterable[T], check: Callable[[T], object]) -> None:
+        deque(in_order(items, self._guard(check)), maxlen=0)
 
     def _manifests(self) -> Iterator[Manifest]:
         for key in self._repository.point_keys(self._source):
@@ -157,43 +159,41 @@ class _Source:
                 if not flat and row[SIZE] and not extra_of(row) and row[MODE]:
                     raise _Finding(f"the index says nothing of where {path}/{row[NAME]} lies", ref.pack)
 
-    def _check_data(self, ref: PackRef) -> None:
-        """One read of the whole pack, then frame by frame."""
-        directory = self._directory(ref)
-        data = self._repository.read_pack(self._source, ref.name, 0, ref.size)
-        codec = self._repository.codec
-        starts = directory.starts()
-        for number, frame in enumerate(directory.frames):
-            try:
-                plain = memoryview(codec.decode(data[frame.offset : frame.offset + frame.length], frame.size))
-            except Damaged as error:
-                raise _Finding(f"frame {number} of the pack {ref.name}: {error.message}", ref.name) from None
-            rows = directory.blobs[starts[number] * BLOB.size : starts[number + 1] * BLOB.size]
-            for offset, length, digest in BLOB.iter_unpack(rows):
-                if codec.digest(plain[offset : offset + length]) != digest:
-                    raise _Finding(f"content in the pack {ref.name} is not what was written", ref.name)
-        self._count(ref.size)
+    def _spans(self, chosen: Sequence[PackRef]) -> Iterator[Span]:
+        """All content of these packs, some frames at a time."""
+        for pack, directory in zip(chosen, in_order(chosen, self._guard(self._directory)), strict=True):
+            if directory is not None:
+                self._count(pack.directory)
+                yield from spans(pack.name, directory)
+
+    def _check_span(self, span: Span) -> None:
+        try:
+            deque(read_frames(self._repository, self._source, span), maxlen=0)
+        except Damaged as error:
+            raise _Finding(error.message, span.pack) from None
+        self._count(span.length, objects=0)
 
     # --- telling ------------------------------------------------------------------------------------------
 
-    def _guard(self, check: Callable[[T], None]) -> Callable[[T], None]:
+    def _guard(self, check: Callable[[T], R]) -> Callable[[T], R | None]:
         """Damage is told and the rest goes on."""
 
-        def guarded(item: T) -> None:
+        def guarded(item: T) -> R | None:
             try:
-                check(item)
+                return check(item)
             except _Finding as finding:
                 self._problem(finding.message, finding.pack)
             except (Damaged, StoreError) as error:
                 self._problem(error.message)
+            return None
 
         return guarded
 
-    def _count(self, size: int) -> None:
+    def _count(self, size: int, objects: int = 1) -> None:
         with self._lock:
-            self._report.objects += 1
+            self._report.objects += objects
             self._report.bytes_read += size
-        self._progress.advance(size, 1)
+        self._progress.advance(size, objects)
 
     def _problem(self, text: str, pack: str = "") -> None:
         points = self._needed_by.get(pack, [])

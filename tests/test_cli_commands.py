@@ -351,6 +351,22 @@ def test_prune_shows_its_reasons_and_a_dry_run_removes_nothing(home: Home) -> No
     assert home.ok("cat", "data", "deep/binary").raw == BINARY
 
 
+def test_prune_tells_what_it_repacks_and_what_goes_a_day_later(home: Home) -> None:
+    """First as a dry run; `--max-unused 100%` repacks nothing."""
+    assert "repacked" not in home.ok("prune", "--dry-run", "--max-unused", "100%").out
+    dry = home.ok("prune", "--dry-run", "--max-unused", "0%")
+    assert "packs would be repacked" in dry.out
+    assert "would go a day after that" in dry.out
+    told = home.ok("prune", "--dry-run", "--max-unused", "0%", "--json").json
+    done = home.ok("prune", "--max-unused", "0%", "--json").json
+    assert told["packs_repacked"] == done["packs_repacked"] > 0
+    assert told["bytes_waiting"] == done["bytes_waiting"] > 0
+    assert "go a day after that" in home.ok("prune", "--max-unused", "0%").out
+    home.ok("verify", "--data", "100%")
+    assert home.ok("cat", "data", "deep/binary").raw == BINARY
+    assert home.run("prune", "--max-unused", "a lot").code == 2
+
+
 def test_without_a_retention_nothing_is_pruned(home: Home) -> None:
     """No policy is no policy of removing."""
     home.configure(CONFIG.replace("retention = { last = 1 }", ""))

@@ -57,7 +57,7 @@ def test_points_beyond_the_policy_go_and_the_rest_still_restores(tmp_path: Path)
     report = prune(engine.repository, KEEP_TWO, clock=engine.clock, progress=Silence())
     assert [v.keep for v in report.verdicts] == [False, False, False, True, True]
     assert report.bytes_freed > 0
-    assert keys(engine) < before
+    assert {key for key in keys(engine) if key.startswith("points/")} < before
     points = engine.repository.points("tree")
     assert len(points) == 2
     assert verify(engine.repository, sources=None, data_percent=100, progress=Silence()).problems == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from conftest import StartService
 from engine import Engine
 from trees import describe, make_every_kind
 
-from backupd.model import Stream, Streams
+from backupd.model import Silence, Stream, Streams
+from backupd.prune import GRACE, prune
 from backupd.repository import Repository
+from backupd.retention import Policy
 from backupd.stores import LocalStore
 
 
@@ -41,6 +44,27 @@ def test_a_tree_comes_back_without_backupd(engine: Engine, tmp_path: Path) -> No
     assert describe(tmp_path / "second") == describe(tmp_path / "tree")
     assert recover(tmp_path / "repository", "extract", first.id, str(tmp_path / "first")).returncode == 0
     assert describe(tmp_path / "first") == describe(engine.restore(first, tmp_path / "ours"))
+
+
+def test_a_tree_comes_back_without_backupd_after_it_was_repacked(engine: Engine, tmp_path: Path) -> None:
+    """Frames of the first run's tar, copied, and frames of what was taken out of others, in one pack."""
+    make_every_kind(tmp_path / "tree")
+    noise = random.Random(1)
+    for number in range(6):
+        (tmp_path / "tree" / f"large-{number}").write_bytes(noise.randbytes(2_500_000))
+    engine.write(tmp_path / "tree")
+    for name in ("large-0", "large-2", "sizes/3333333.bin"):
+        (tmp_path / "tree" / name).unlink()
+    point = engine.write(tmp_path / "tree")
+    for _ in range(2):
+        report = prune(
+            engine.repository, {"tree": Policy(last=1)}, clock=engine.clock, max_unused=0, progress=Silence()
+        )
+        engine.now += 2 * GRACE
+    assert report.bytes_freed > 0
+    done = recover(tmp_path / "repository", "extract", point.id, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert describe(tmp_path / "out") == describe(tmp_path / "tree")
 
 
 def test_it_lists_points_and_what_is_in_them(engine: Engine, tmp_path: Path) -> None:

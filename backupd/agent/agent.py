@@ -405,7 +405,7 @@ class Agent:
             return open_archive(repository, newest.steps[0].point)
         return open_archive(repository, repository.find(point))
 
-    def prune_now(self, *, dry_run: bool, progress: Progress) -> PruneReport:
+    def prune_now(self, *, dry_run: bool, progress: Progress, max_unused: float | None = None) -> PruneReport:
         """Carry out the retention of every configured source, recorded unless it is a dry run."""
         from backupd.prune import prune
 
@@ -416,7 +416,7 @@ class Agent:
             reports.append(
                 prune(
                     self.repository(), self.config.policies, clock=self.clock, dry_run=dry_run,
-                    progress=progress,
+                    max_unused=max_unused, progress=progress,
                 )
             )  # fmt: skip
             return Run("", "prune", "", RunStatus.OK, started, self.clock())
