@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -74,7 +74,7 @@ def back_up(
         )
     status = RunStatus.WARNED if point.warnings else RunStatus.OK
     return Run(
-        id=secrets.token_hex(6), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
+        id=os.urandom(6).hex(), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
         point=point_id, size=point.size, stored=point.stored, warnings=point.warnings,
     )  # fmt: skip
 

@@ -28,6 +28,8 @@ Clock: TypeAlias = Callable[[], datetime]
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
+    """One object, as a listing tells it."""
+
     key: str
     size: int
     modified: datetime

@@ -12,13 +12,12 @@ Layout (FORMAT.md has every byte):
 from __future__ import annotations
 
 import json
+import os
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from importlib import resources
 from typing import Any
 
 from backupd.codec import Codec, codec_named
@@ -86,7 +85,7 @@ class Manifest:
 
 def new_point_id() -> str:
     """Twelve hex digits."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 class Repository:
@@ -108,10 +107,12 @@ class Repository:
             raise UsageError(f"there is a repository at {store.location} already", hint="use it as it is")
         head = {
             "format": FORMAT,
-            "id": secrets.token_hex(16),
+            "id": os.urandom(16).hex(),
             "created": clock().astimezone(UTC).isoformat(),
             "codec": "zstd",
         }
+        from importlib import resources
+
         for name in ("RECOVER.md", "recover.py"):
             text = resources.files("backupd").joinpath("recovery", name).read_bytes()
             store.put(name, text, overwrite=True)

@@ -8,12 +8,10 @@ failures or a clock that jumped therefore never ages the last good copies out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import groupby
-from typing import ClassVar
-from zoneinfo import ZoneInfo
 
 from backupd.model import PointKind, RecoveryPoint
 
@@ -38,9 +36,6 @@ class Policy:
     timezone: str = ""
     """Where a day, a week, a month begins; UTC where it is empty."""
 
-    __pydantic_config__: ClassVar[Mapping[str, object]] = {"extra": "forbid"}
-    """Read by `config`, so that a misspelt rule is a mistake and never a rule that is silently off."""
-
     def __post_init__(self) -> None:
         """Raises ValueError for a count below -1, a negative span, a zone that is none."""
         for rule in RULES:
@@ -48,8 +43,12 @@ class Policy:
                 raise ValueError(f"{rule} must be 0 or more, or -1 for no limit")
         if self.within < timedelta(0):
             raise ValueError("within must not be negative")
+        if self.timezone in {"", "UTC"}:
+            return
+        from zoneinfo import ZoneInfo
+
         try:
-            ZoneInfo(self.timezone or "UTC")
+            ZoneInfo(self.timezone)
         except (KeyError, ValueError, OSError):
             raise ValueError(f"{self.timezone!r} is not a time zone") from None
 
@@ -121,6 +120,8 @@ def _decide_source(points: list[RecoveryPoint], policy: Policy, now: datetime) -
 
 
 def _apply(newest_first: list[RecoveryPoint], policy: Policy, reasons: dict[str, list[str]]) -> None:
+    from zoneinfo import ZoneInfo
+
     zone = ZoneInfo(policy.timezone or "UTC")
     for rule, bucket in _BUCKETS.items():
         left, before = getattr(policy, rule), None

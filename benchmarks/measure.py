@@ -26,6 +26,9 @@ class Taken:
     """Seconds of all cores, of the process and all it started: steadier than `seconds` on a busy machine."""
     memory: int
     """Bytes: the most that its processes had resident, summed over those that lived at the same time."""
+    read: int = 0
+    """Bytes that it and all it waited for took in by read(2), files and pipes, whether from the disk or the page
+    cache. 0 where the kernel does not tell."""
 
 
 def run(
@@ -38,15 +41,26 @@ def run(
         process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         watch = _Watch(process.pid)
         watch.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         seconds = time.perf_counter() - started
+        read = _read_by(process.pid)
+        _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         watch.ended.set()
         watch.join()
     if process.returncode not in allowed:
         last = log.read_bytes()[-2000:].decode(errors="replace")
         raise ToolFailed(f"{' '.join(argv)} ended with {process.returncode}:\n{last}")
-    return Taken(seconds, usage.ru_utime + usage.ru_stime, watch.most)
+    return Taken(seconds, usage.ru_utime + usage.ru_stime, watch.most, read)
+
+
+def _read_by(pid: int) -> int:
+    """Of a process that has ended and was not waited for yet."""
+    try:
+        told = Path(f"/proc/{pid}/io").read_text()
+    except OSError:
+        return 0
+    return int(told.partition("rchar:")[2].split(None, 1)[0])
 
 
 class _Watch(threading.Thread):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import Taken, ToolFailed, run
+from benchmarks.containers import postgres, sql
+from benchmarks.measure import Taken, run
 from benchmarks.tools import backupd_argv, clean_env
 
-IMAGE = "postgres:16"
 GOAL = 1.1
 _ROWS = 1_500_000
 
 # Orders as shops have them: numbers, words that come again, a note that does not.
-_FILL = """
+FILL = """
 CREATE TABLE orders (id bigint PRIMARY KEY, customer int, state text, amount numeric(10,2), placed timestamptz,
                      note text);
 INSERT INTO orders
@@ -32,21 +28,19 @@ CREATE INDEX ON orders (customer);
 VACUUM ANALYZE orders;
 CHECKPOINT;
 """
-_CHANGE = "UPDATE orders SET state = 'sent', amount = amount + 1 WHERE id % 100 = 7; CHECKPOINT;"
+CHANGE = "UPDATE orders SET state = 'sent', amount = amount + 1 WHERE id % 100 = 7; CHECKPOINT;"
 
 
 def bench_postgres(work: Path, *, small: bool, rounds: int, say: Callable[[str], None]) -> dict[str, object]:
     """Seconds by step, medians and ratios. The same route for both: programs run in the server's container."""
-    if not shutil.which("docker"):
-        raise ToolFailed("the database benchmark needs the program `docker` and an engine")
     seconds: dict[str, list[float]] = {"pipe": [], "backupd full": [], "backupd 1% of rows changed": []}
-    with _server() as name:
+    with postgres() as name:
         rows = 5000 if small else _ROWS
         say(f"filling a database with {rows:,} rows")
-        _sql(name, _FILL.format(rows=rows))
+        sql(name, FILL.format(rows=rows))
         for number in range(1, rounds + 1):
             base = work / f"database-{number}"
-            base.mkdir()
+            base.mkdir(parents=True)
             for step, taken in _round(base, name):
                 seconds[step].append(taken.seconds)
                 say(f"  {step:26} {taken.seconds:6.2f} s, {taken.memory / 1e6:4.0f} MB")
@@ -74,39 +68,5 @@ def _round(base: Path, name: str) -> Iterator[tuple[str, Taken]]:
     run([*backupd_argv(), "-q", "init"], cwd=base, env=env, log=log)
     yield "pipe", run(["bash", "-c", pipe], cwd=base, env=env, log=log)
     yield "backupd full", run(backup, cwd=base, env=env, log=log)
-    _sql(name, _CHANGE)
+    sql(name, CHANGE)
     yield "backupd 1% of rows changed", run(backup, cwd=base, env=env, log=log)
-
-
-@contextmanager
-def _server() -> Iterator[str]:
-    """A PostgreSQL server in a container of its own, removed with its data at the end."""
-    name = f"backupd-bench-{secrets.token_hex(4)}"
-    argv = ["docker", "run", "--detach", "--rm", "--name", name, "--label", "backupd.test=1"]
-    _docker([*argv, "--env", "POSTGRES_HOST_AUTH_METHOD=trust", IMAGE])
-    try:
-        deadline = time.monotonic() + 120
-        # The image starts the server once for itself before it listens on the network.
-        while _answers(name) is False:
-            if time.monotonic() > deadline:
-                raise ToolFailed(f"{IMAGE} did not get ready")
-            time.sleep(0.3)
-        yield name
-    finally:
-        subprocess.run(["docker", "rm", "--force", "--volumes", name], capture_output=True, check=False)
-
-
-def _answers(name: str) -> bool:
-    argv = ["docker", "exec", name, "pg_isready", "-q", "-h", "127.0.0.1", "-U", "postgres"]
-    return subprocess.run(argv, capture_output=True, check=False).returncode == 0
-
-
-def _sql(name: str, script: str) -> None:
-    argv = ["docker", "exec", "-i", name, "psql", "-qX", "-U", "postgres", "-v", "ON_ERROR_STOP=1"]
-    _docker(argv, script)
-
-
-def _docker(argv: list[str], stdin: str | None = None) -> None:
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ToolFailed(f"{' '.join(argv)}: {done.stderr.strip()}")

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from benchmarks.trees import Steps
+from benchmarks.goals import Verdict, judge
+from benchmarks.scenario import Scenario, Steps
 
-STEPS = ("full", "unchanged", "1% changed", "restore")
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """backupd's figure over a peer's must not be more than `most`."""
-
-    what: str
-    peer: str
-    most: float
+Middle = Mapping[str, Mapping[str, float]]
 
 
-GOALS = (
-    Goal("full, s", "restic", 0.4),
-    Goal("full, s", "borg", 0.4),
-    Goal("full, s", "tar|zstd", 1.2),
-    Goal("unchanged, s", "restic", 0.2),
-    Goal("1% changed, s", "restic", 0.3),
-    Goal("restore, s", "restic", 0.8),
-    Goal("repository, bytes", "restic", 1.0),
-)
-MOST_MEMORY = 200 << 20
-
-
-def table(middle: Mapping[str, Mapping[str, float]]) -> str:
-    """Tools across, steps down."""
+def table(middle: Middle, *, reads: bool = False) -> str:
+    """Tools across; down: seconds, processor seconds, then bytes in MB; bytes read only where they are asked for."""
     names = list(middle)
+    figures = [what for what in middle[names[0]] if reads or not what.startswith("read ")]
     rows = [["", *names]]
-    rows += [[f"{step}, s", *(f"{middle[n][f'{step}, s']:.2f}" for n in names)] for step in STEPS]
     rows += [
-        [f"{step}, processor s", *(f"{middle[n][f'{step}, processor s']:.2f}" for n in names)]
-        for step in STEPS
+        [what, *(f"{middle[name][what]:.2f}" for name in names)] for what in figures if what.endswith(" s")
     ]
     rows += [
-        [f"{what}, MB", *(f"{middle[n][f'{what}, bytes'] / 1e6:,.1f}" for n in names)]
-        for what in ("grown", "repository", *(f"memory {step}" for step in STEPS))
+        [what.replace(", bytes", ", MB"), *(f"{middle[name][what] / 1e6:,.2f}" for name in names)]
+        for what in figures
+        if what.endswith("bytes")
     ]
     return layout(rows)
 
@@ -62,31 +41,38 @@ def layout(rows: list[list[str]]) -> str:
     return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
 
 
-def ratios(middle: Mapping[str, Mapping[str, float]]) -> list[dict[str, object]]:
-    """backupd over each peer, with the goal where there is one."""
+def ratio_table(middle: Middle) -> str:
+    """backupd over each peer: a column for each, a row for each figure that both have."""
     ours = middle["backupd"]
-    goals = {(goal.what, goal.peer): goal.most for goal in GOALS}
-    return [
-        {"what": what, "peer": peer, "ratio": value / theirs[what], "goal": goals.get((what, peer))}
-        for peer, theirs in middle.items()
-        if peer != "backupd"
-        for what, value in ours.items()
-        if not what.startswith("memory") and theirs.get(what)
-    ]
+    peers = [name for name in middle if name != "backupd"]
+    rows = [["backupd /", *peers]]
+    for what, value in ours.items():
+        if not what.startswith(("read ", "memory ", "grown unchanged")):
+            cells = [f"{value / theirs:.3f}" if (theirs := middle[peer].get(what)) else "" for peer in peers]
+            rows.append([what, *cells])
+    return layout(rows)
 
 
-def ratio_lines(found: list[dict[str, object]]) -> list[str]:
-    """One line for each peer and figure."""
-    lines = []
-    for row in found:
-        goal, ratio = row["goal"], row["ratio"]
-        assert isinstance(ratio, float)
-        verdict = ""
-        if isinstance(goal, float):
-            verdict = f"  goal {goal:g}: {'met' if ratio <= goal else 'MISSED'}"
-        lines.append(f"backupd / {row['peer']!s:9} {row['what']!s:18} {ratio:6.3f}{verdict}")
-    return lines
+def tell(scenario: Scenario, taken: Mapping[str, Steps], *, rounds: int) -> dict[str, object]:
+    """Print a scenario's figures, ratios and verdicts; the same for JSON."""
+    middle = {name: steps.middle() for name, steps in taken.items()}
+    verdicts = judge(scenario.goals, middle)
+    print(
+        f"\n{scenario.name}: {scenario.what}; medians of {rounds} rounds\n\n{table(middle, reads=scenario.reads)}\n"
+    )
+    if "backupd" in middle and len(middle) > 1:
+        print(f"{ratio_table(middle)}\n")
+    tell_verdicts(verdicts)
+    return {
+        "what": scenario.what,
+        "medians": middle,
+        "goals": [verdict.row() for verdict in verdicts],
+        "all": {name: {**steps.seconds, **steps.bytes} for name, steps in taken.items()},
+    }
 
 
-def medians(taken: Mapping[str, Steps]) -> dict[str, dict[str, float]]:
-    return {name: steps.middle() for name, steps in taken.items()}
+def tell_verdicts(verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        print(verdict.line())
+    if verdicts:
+        print(f"{sum(verdict.met for verdict in verdicts)} of {len(verdicts)} goals met\n", flush=True)

@@ -16,6 +16,7 @@ GOAL = 0.150
 
 def bench_start(work: Path, *, runs: int, say: Callable[[str], None]) -> dict[str, object]:
     """Medians of runs in turn."""
+    work.mkdir(parents=True)
     env = clean_env(work)
     seconds: dict[str, list[float]] = {"python": [], "backupd --version": []}
     for _ in range(runs):

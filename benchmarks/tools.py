@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from backupd.codec import DEFAULT_LEVEL
 from benchmarks.corpus import tree_size
 
 
@@ -27,6 +28,7 @@ class Bench:
 
     base: Path
     tree: Path
+    runs: int = 0
 
     @property
     def repository(self) -> Path:
@@ -58,7 +60,8 @@ class Tool(Protocol):
         """Where the tree is after `restore`."""
 
 
-def _first_line(argv: Sequence[str]) -> str:
+def first_line(argv: Sequence[str]) -> str:
+    """What a program says of its version; "" where it is not here."""
     if not shutil.which(argv[0]):
         return ""
     said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
@@ -82,11 +85,11 @@ class Backupd:
     """The real command line, with a configuration file of one volume."""
 
     name: str = "backupd"
-    note: str = "zstd 2, no encryption; every blob named by BLAKE3 and compared on restore"
+    note: str = f"zstd {DEFAULT_LEVEL}, no encryption; every blob named by BLAKE3 and compared on restore"
     argv: list[str] = field(default_factory=backupd_argv)
 
     def version(self) -> str:
-        return _first_line([*self.argv, "--version"])
+        return first_line([*self.argv, "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -119,7 +122,7 @@ class Restic:
     note: str = "its defaults: always encrypted (AES-256-CTR + Poly1305), compression auto"
 
     def version(self) -> str:
-        return _first_line(["restic", "version"])
+        return first_line(["restic", "version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -147,10 +150,10 @@ class Borg:
     """Without encryption, compression as ours."""
 
     name: str = "borg"
-    note: str = "--encryption none, --compression zstd,3"
+    note: str = f"--encryption none, --compression zstd,{DEFAULT_LEVEL}"
 
     def version(self) -> str:
-        return _first_line(["borg", "--version"])
+        return first_line(["borg", "--version"])
 
     def env(self, bench: Bench) -> dict[str, str]:
         return clean_env(
@@ -164,7 +167,7 @@ class Borg:
         return ["borg", "init", "--encryption", "none"]
 
     def backup(self, bench: Bench, number: int) -> list[str]:
-        return ["borg", "create", "--compression", "zstd,3", f"::run{number}", "."]
+        return ["borg", "create", "--compression", f"zstd,{DEFAULT_LEVEL}", f"::run{number}", "."]
 
     def restore(self, bench: Bench) -> list[str]:
         script = 'cd "$1" && borg extract "::$(borg list --short --last 1)"'
@@ -180,10 +183,12 @@ class TarZstd:
     """GNU tar with its incremental snapshots, piped through zstd on all cores. No digests, no deduplication."""
 
     name: str = "tar|zstd"
-    note: str = "tar --listed-incremental | zstd -3 -T0 > file; nothing is checked on the way back"
+    note: str = (
+        f"tar --listed-incremental | zstd -{DEFAULT_LEVEL} -T0 > file; nothing is checked on the way back"
+    )
 
     def version(self) -> str:
-        tar, zstd = _first_line(["tar", "--version"]), _first_line(["zstd", "--version"])
+        tar, zstd = first_line(["tar", "--version"]), first_line(["zstd", "--version"])
         number = re.search(r"v[\d.]+", zstd)
         return f"{tar}, zstd {number[0] if number else ''}" if tar and zstd else ""
 
@@ -195,9 +200,11 @@ class TarZstd:
 
     def backup(self, bench: Bench, number: int) -> list[str]:
         snapshot = bench.base / "snapshot"
-        script = 'set -o pipefail; tar --create --file - --listed-incremental="$1" . | zstd -q -3 -T0 > "$2"'
+        script = (
+            'set -o pipefail; tar --create --file - --listed-incremental="$1" . | zstd -q "-$2" -T0 > "$3"'
+        )
         out = bench.repository / f"{number:04d}.tar.zst"
-        return ["bash", "-c", script, "backup", str(snapshot), str(out)]
+        return ["bash", "-c", script, "backup", str(snapshot), str(DEFAULT_LEVEL), str(out)]
 
     def restore(self, bench: Bench) -> list[str]:
         script = (
@@ -210,21 +217,3 @@ class TarZstd:
 
     def found(self, bench: Bench) -> Path:
         return bench.restored
-
-
-def all_tools() -> list[Tool]:
-    return [Backupd(), Restic(), Borg(), TarZstd()]
-
-
-def install_peers() -> None:
-    """From Debian, where they are not there and we may; what cannot be had is left out and said so."""
-    packages = {"restic": "restic", "borg": "borgbackup", "zstd": "zstd"}
-    missing = [package for program, package in packages.items() if not shutil.which(program)]
-    if not missing or os.geteuid() or not shutil.which("apt-get"):
-        return
-    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["apt-get", "update", "-qq"], check=False, env=env)
-    subprocess.run(
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
-        check=False, env=env, stdout=subprocess.DEVNULL,
-    )  # fmt: skip

@@ -22,7 +22,7 @@ from backupd.archive.extract import Extraction
 from backupd.archive.frames import FrameReader
 from backupd.archive.page import Page
 from backupd.errors import CommandFailed, Damaged, Interrupted, NoRecoveryPoint, RestoreFailed
-from backupd.model import MemberType, Silence, Stream, Streams, TarStream
+from backupd.model import Bytes, MemberType, Silence, Stream, Streams, TarStream
 from backupd.stores import LocalStore
 
 
@@ -436,7 +436,7 @@ def test_an_error_of_the_store_ends_the_run_with_that_error(tmp_path: Path, ever
     store = LocalStore(tmp_path / "repository", create=True)
     engine = Engine(store)
 
-    def refuse(key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def refuse(key: str, data: Bytes, *, overwrite: bool = False) -> None:
         raise OSError(28, "No space left on device")
 
     store.put = refuse  # type: ignore[method-assign]

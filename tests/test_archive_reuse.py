@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 from engine import Engine
+from trees import describe, differences
+
+from backupd.archive import scan
+from backupd.model import Bytes
 
 Open = Callable[..., int]
 
@@ -114,3 +118,53 @@ def test_an_attribute_set_on_a_directory_is_kept_by_the_next_run(tree: Path, tmp
     point = engine.write(tree)
     restored = engine.restore(point, tmp_path / "restored")
     assert os.getxattr(restored / "1", "user.colour") == b"blue"
+
+
+def test_large_files_of_an_interrupted_run_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ends its page, so that what was stored of the others is known by its stat tuples alone."""
+    monkeypatch.setattr(scan, "_LARGE", 2 << 20)
+    root = tmp_path / "tree"
+    root.mkdir()
+    for number in range(12):
+        (root / f"image{number:02}").write_bytes(os.urandom(3 << 20))
+    settle()
+    engine = Engine()
+    store: Any = engine.repository.store
+    with monkeypatch.context() as patch:
+        plain, puts = store.put, 0
+
+        def die(key: str, data: Bytes, *, overwrite: bool = False) -> None:
+            nonlocal puts
+            puts += 1
+            if puts > 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            plain(key, data, overwrite=overwrite)
+
+        patch.setattr(store, "put", die)
+        with pytest.raises(OSError, match="No space left"):
+            engine.write(root)
+    opened: list[object] = []
+    with monkeypatch.context() as patch:
+        watch_open(patch, opened.append)
+        point = engine.write(root)
+    stored_before = 5  # of 3 MiB each in the one pack of 16 MiB that was stored
+    assert len([name for name in opened if str(name).startswith("image")]) == 12 - stored_before
+    assert not differences(describe(root), describe(engine.restore(point, tmp_path / "restored")))
+
+
+def test_a_file_changed_in_a_later_page_of_a_long_directory_is_read(tree: Path, tmp_path: Path) -> None:
+    """Its first page, which holds what is known of the directory itself, is taken over."""
+    long = tree / "long"
+    long.mkdir()
+    for number in range(1000):
+        (long / f"n{number:04}").write_bytes(b"%d" % number)
+    settle()
+    engine = Engine()
+    engine.write(tree)
+    (long / "n0990").write_bytes(b"new")
+    settle()
+    point = engine.write(tree)
+    assert point.warnings == ()
+    assert not differences(describe(tree), describe(engine.restore(point, tmp_path / "restored")))

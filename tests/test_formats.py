@@ -64,7 +64,8 @@ def test_a_pack_tells_what_lies_in_it(contents: list[list[bytes]]) -> None:
             at += len(blob)
         builder.add_frame(CODEC.encode(b"".join(blobs)), at, rows)
         builder.add_page(CODEC.encode(b"{}"))
-    data, length = builder.finish(CODEC)
+    view, length = builder.finish(CODEC)
+    data = bytes(view)
     assert directory_length(data[-16:]) == length
     directory = decode_directory(data[-length:], CODEC)
     assert directory.count == sum(len(blobs) for blobs in contents)
@@ -83,7 +84,8 @@ def test_a_pack_tells_what_lies_in_it(contents: list[list[bytes]]) -> None:
 def test_a_damaged_directory_is_called_damage(draw: st.DataObject) -> None:
     builder = PackBuilder("00/0000")
     builder.add_frame(CODEC.encode(b"content"), 7, [BLOB.pack(0, 7, CODEC.digest(b"content"))])
-    data, length = builder.finish(CODEC)
+    view, length = builder.finish(CODEC)
+    data = bytes(view)
     frame = bytearray(data[-length:])
     at = draw.draw(st.integers(0, len(frame) * 8 - 1))
     frame[at // 8] ^= 1 << at % 8

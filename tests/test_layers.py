@@ -21,7 +21,6 @@ ROOMS = {
     "cronsim": ["scheduler"],
     "docker": ["sandbox"],
     "psycopg": ["drivers/postgres"],
-    "pydantic": ["config"],
     "redis": ["drivers/redis"],
     "rich": ["cli"],
 }

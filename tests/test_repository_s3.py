@@ -19,7 +19,8 @@ from backupd.model import Silence, Stream, Streams
 from backupd.prune import prune
 from backupd.repository import Repository
 from backupd.retention import Policy
-from backupd.stores import LocalStore, S3Options, open_store
+from backupd.stores import LocalStore, open_store
+from backupd.stores.s3 import S3Options
 from backupd.verify import verify
 
 

@@ -21,7 +21,8 @@ import services as bed
 from fault_proxy import Fault, FaultProxy
 
 from backupd.errors import Locked, ObjectExists, ObjectMissing, StoreError
-from backupd.stores import LocalStore, RetryStore, S3Options, S3Store
+from backupd.stores import LocalStore, RetryStore
+from backupd.stores.s3 import S3Options, S3Store
 
 DATA = random.Random(1).randbytes(300_000)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from backupd.errors import ObjectExists, ObjectMissing, StoreError
-from backupd.model import ObjectInfo
+from backupd.model import Bytes, ObjectInfo
 from backupd.stores import MemoryStore, RetryStore
 
 
@@ -37,7 +37,7 @@ class Flaky(MemoryStore):
             self.failures -= 1
             raise StoreError("trouble", hint="wait", transient=self.transient)
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         self._trouble(False)
         super().put(key, data, overwrite=overwrite)
         self._trouble(True)
@@ -119,7 +119,7 @@ def test_an_object_of_somebody_else_is_not_taken_for_ours(theirs: bytes) -> None
     time = Time()
 
     class Overtaken(Flaky):
-        def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+        def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
             if self.failures:
                 MemoryStore.put(self, key, theirs)
             super().put(key, data, overwrite=overwrite)

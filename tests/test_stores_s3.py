@@ -21,7 +21,8 @@ from botocore.exceptions import ClientError
 from fault_proxy import FaultProxy
 
 from backupd.errors import ObjectExists, ObjectMissing, StoreError, UsageError
-from backupd.stores import LocalStore, S3Options, S3Store, open_store, s3
+from backupd.stores import LocalStore, open_store, s3
+from backupd.stores.s3 import S3Options, S3Store
 from backupd.stores.s3_errors import Place, explain
 
 

@@ -17,16 +17,16 @@ from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
 from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
-from backupd.plan import LATEST, RestorePlan, Step, plan_point, plan_restore
 
 if TYPE_CHECKING:
     from backupd.agent.status import Protection
     from backupd.catalog import Catalog
+    from backupd.plan import RestorePlan, Step
     from backupd.prune import PruneReport
     from backupd.repository import Repository
     from backupd.restore import RestoreReport
-    from backupd.sandbox.docker import Engine
-    from backupd.stores import S3Options
+    from backupd.sandbox.engine import Engine
+    from backupd.stores.s3 import S3Options
     from backupd.verify import VerifyReport
 
 
@@ -106,7 +106,7 @@ class Agent:
     @cached_property
     def engine(self) -> Engine:
         """The container engine; connected to when first used."""
-        from backupd.sandbox.docker import Engine
+        from backupd.sandbox.engine import Engine
 
         return Engine()
 
@@ -160,11 +160,11 @@ class Agent:
         )
 
     def _s3_options(self) -> S3Options | None:
-        from backupd.stores import S3Options
-
         r = self.config.repository
         if not r.is_s3:
             return None
+        from backupd.stores.s3 import S3Options
+
         return S3Options(
             endpoint_url=r.endpoint_url or "",
             region=r.region or "",
@@ -200,7 +200,7 @@ class Agent:
                 hint="install it, or restore the files alone: --to dir:PATH",
             )
         # The place it was captured from is not known here, and a restore into a fresh home does not need it.
-        return make_driver(model.model_construct(name=point.source), self.engine)
+        return make_driver(model(name=point.source), self.engine)
 
     # --- names -----------------------------------------------------------------------------------------
 
@@ -255,6 +255,8 @@ class Agent:
     ) -> RestorePlan:
         """What restores sources and stacks, configured or only in the repository, to an instant; or the one
         point asked for. Nothing named means everything that has a point. Raises NoRecoveryPoint, UsageError."""
+        from backupd.plan import plan_point, plan_restore
+
         repository = self.repository()
         if point:
             found = repository.find(point)
@@ -395,6 +397,7 @@ class Agent:
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""
         from backupd.archive import open_archive
+        from backupd.plan import LATEST, plan_restore
 
         repository = self.repository()
         if point in self.config.sources or point in repository.sources():

@@ -1,7 +1,7 @@
 """Content that the live points of a source hold already, found by its digest.
 
-The rows of the packs' directories as they are, and an open-addressing table of positions beside them: 32 bytes a
-blob, where a dict of Python objects takes 200; 0.2 us to take one in. Collisions are settled by the whole digest.
+The digests in a row, and an open-addressing table of positions beside them: 24 bytes a blob, where a dict of Python
+objects takes 200; 0.2 us to take one in. Collisions are settled by the whole digest.
 Bounded: beyond `limit` blobs nothing more is taken in, which costs room in the repository and never correctness.
 """
 
@@ -14,7 +14,7 @@ from bisect import bisect_right
 from backupd.codec import DIGEST_SIZE
 
 _ROW = 24  # offset u32, length u32, digest: a row of a pack's directory
-_DIGEST_AT = 8
+_AT_ONCE = 1 << 14  # rows: what is made on the way must not be as large as the table itself
 
 LIMIT = 1_500_000
 """Blobs: some 50 to 75 MB of memory."""
@@ -26,7 +26,7 @@ class KnownContent:
     def __init__(self, limit: int = LIMIT, *, expected: int = 0) -> None:
         """`expected` blobs fit before the table has to be made again."""
         self._limit = limit
-        self._rows = bytearray()
+        self._digests = bytearray()
         # Runs of rows that are neighbours in their pack: the first row of each; its pack, and what to add to a
         # row's number for the number of its blob.
         self._starts: list[int] = []
@@ -51,7 +51,8 @@ class KnownContent:
         if not self._runs or self._runs[-1] != run:
             self._runs.append(run)
             self._starts.append(start)
-        self._rows += memoryview(blobs)[: (end - start) * _ROW]
+        for at in range(0, end - start, _AT_ONCE):
+            self._digests += _digests(memoryview(blobs)[at * _ROW : min(at + _AT_ONCE, end - start) * _ROW])
         if end * 2 > len(self._slots):
             slots = _empty(end * 2)
             self._enter(slots, 0, end)
@@ -65,11 +66,11 @@ class KnownContent:
         slots = self._slots
         mask = len(slots) - 1
         slot = int.from_bytes(digest[:4], sys.byteorder) & mask
-        rows = self._rows
+        digests = self._digests
         while position := slots[slot]:
             row = position - 1
-            start = row * _ROW + _DIGEST_AT
-            if rows[start : start + DIGEST_SIZE] == digest:
+            start = row * DIGEST_SIZE
+            if digests[start : start + DIGEST_SIZE] == digest:
                 pack, shift = self._runs[bisect_right(self._starts, row) - 1]
                 return pack, row + shift
             slot = (slot + 1) & mask
@@ -78,15 +79,26 @@ class KnownContent:
     def _enter(self, slots: array[int], start: int, end: int) -> None:
         """Point to rows that are there already. A slot holds a row's number plus one; 0 is empty."""
         mask = len(slots) - 1
-        # Six words a row, the third is the digest's beginning: picked out without a loop in Python.
-        heads = array("I", bytes(memoryview(self._rows)[start * _ROW : end * _ROW]))[2::6]
-        for position, head in enumerate(heads, start + 1):
-            slot = head & mask
-            while slots[slot]:
-                slot = (slot + 1) & mask
-            slots[slot] = position
+        for at in range(start, end, _AT_ONCE):
+            last = min(at + _AT_ONCE, end)
+            # Four words a digest, the first is its beginning: picked out without a loop in Python.
+            heads = array("I", bytes(memoryview(self._digests)[at * DIGEST_SIZE : last * DIGEST_SIZE]))[::4]
+            for position, head in enumerate(heads, at + 1):
+                slot = head & mask
+                while slots[slot]:
+                    slot = (slot + 1) & mask
+                slots[slot] = position
+
+
+def _digests(rows: memoryview) -> array[int]:
+    """The digests alone, without a loop in Python: a row is three words, the last two of them the digest."""
+    words = array("Q", bytes(rows))
+    found = array("Q", bytes(len(words) // 3 * DIGEST_SIZE))
+    found[::2] = words[1::3]
+    found[1::2] = words[2::3]
+    return found
 
 
 def _empty(count: int) -> array[int]:
     """Slots for `count` rows, at most half of them to be filled."""
-    return array("I", bytes(4 << (count * 2 - 1).bit_length()))
+    return array("I", [0]) * (1 << (count * 2 - 1).bit_length())

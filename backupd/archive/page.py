@@ -106,12 +106,6 @@ def is_file(row: Row) -> bool:
     return stat.S_ISREG(row[MODE]) and "hardlink" not in extra_of(row)
 
 
-def sort_key(path: str, name: str | None = None) -> str:
-    """Depth-first order of a tree: a directory's block sorts before those below it, '/' before every character."""
-    key = path.replace("/", "\x01")
-    return key if name is None else f"{key}\x00{name}"
-
-
 def _check_name(name: str) -> None:
     # What lands on disk must never leave the directory it is restored into, whatever a damaged or forged page says.
     if not name or name in (".", "..") or "/" in name or "\0" in name:

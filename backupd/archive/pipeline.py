@@ -29,9 +29,11 @@ FRAME_SIZE = 2 << 20
 SLAB_SIZE = FRAME_SIZE + (1 << 20) + (1 << 18)
 """A slab is submitted when it reaches FRAME_SIZE; the rest is room for one more small file and its header."""
 PACK_SIZE = 16 << 20
+_MOST_BLOBS = 1 << 16
+"""Blobs in a pack, whose directory is put together in memory: small files fill a pack by their number."""
 _IN_FLIGHT = 6
 """Frames, and pages that came alone, between the reader and their place in a pack."""
-_MOST_ROWS = 4096
+_MOST_ROWS = 1024
 """Members of pages that wait for one frame, of some 1.2 KB each: where little of much changed, a frame would not
 fill before thousands of pages wait for it."""
 
@@ -110,7 +112,7 @@ class Pipeline:
         self._ended = False
         workers = max(1, len(os.sched_getaffinity(0)))
         self._free: queue.SimpleQueue[Slab] = queue.SimpleQueue()
-        self._unmade = workers + 4  # slabs: a small run needs one or two
+        self._unmade = workers + 3  # slabs: a small run needs one or two
         self._work: queue.SimpleQueue[tuple[Slab, _Frame] | None] = queue.SimpleQueue()
         self._ordered: queue.SimpleQueue[_Frame | PageDraft | None] = queue.SimpleQueue()
         self._flight = threading.BoundedSemaphore(_IN_FLIGHT)
@@ -266,7 +268,7 @@ class Pipeline:
                         self._place(item)
                     for draft in item.pages if isinstance(item, _Frame) else (item,):
                         self._write_page(draft)
-                    if self._pack.size >= PACK_SIZE:
+                    if self._pack.size >= PACK_SIZE or self._pack.directory.count >= _MOST_BLOBS:
                         self._finish_pack()
             except BaseException as error:  # noqa: BLE001 - told to the reader, who raises it
                 self._fail(error)

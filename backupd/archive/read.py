@@ -26,9 +26,9 @@ from backupd.archive.page import (
     extra_of,
     is_file,
     pieces_of,
-    sort_key,
     xattrs_of,
 )
+from backupd.archive.scan import sort_key
 from backupd.errors import NoRecoveryPoint
 from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
 from backupd.repository import Manifest, PageRef, Repository

@@ -9,8 +9,9 @@ from typing import Any
 from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import LARGE, feed_large
-from backupd.archive.page import Pieces, Row, encode_xattrs, sort_key
+from backupd.archive.page import Pieces, Row, encode_xattrs
 from backupd.archive.patterns import compile_patterns
+from backupd.archive.scan import sort_key
 from backupd.archive.writer import ArchiveWriter, Written
 from backupd.errors import Damaged
 from backupd.model import TarStream

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import ChunkFill, feed_stream
-from backupd.archive.page import Row, sort_key
+from backupd.archive.page import Row
+from backupd.archive.scan import sort_key
 from backupd.archive.tar_stream import TarStreamReader
 from backupd.archive.tree import TreeReader
 from backupd.archive.writer import ArchiveWriter, Written

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backupd.cli.options import Session
+from backupd.config import Table
 from backupd.log import mask
 from backupd.model import Progress, Silence
 
@@ -34,6 +35,8 @@ def plain(value: Any) -> Any:  # noqa: PLR0911  a table, read downward
     """Anything of ours as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Table):
+        return {name: plain(item) for name, item in vars(value).items()}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):

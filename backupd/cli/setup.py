@@ -97,11 +97,15 @@ def check_command(session: Session) -> int:
 def config_command(session: Session, what: str) -> int:
     """Show the configuration as it is understood, defaults filled in and secrets hidden; or its JSON Schema."""
     if what == "schema":
-        from backupd.config import json_schema
+        from backupd.config.schema import json_schema
 
         print(json.dumps(json_schema(), indent=2))
         return 0
     config = session.agent.config
     note(session, f"from {config.origin}")
-    print_json(plain(config.model_dump(mode="json")))
+    shown = plain(config)
+    del shown["origin"]  # no keys of the file, both
+    for source in shown["sources"].values():
+        del source["name"]
+    print_json(shown)
     return 0

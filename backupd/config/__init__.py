@@ -16,8 +16,9 @@ from backupd.config.models import (
     SourceConfig,
     StackConfig,
     VolumeSource,
-    json_schema,
 )
+from backupd.config.secret import Secret
+from backupd.config.table import Table
 from backupd.config.values import closest, format_duration, parse_duration
 
 __all__ = [
@@ -31,15 +32,16 @@ __all__ = [
     "PostgresSource",
     "RedisSource",
     "RepositoryConfig",
+    "Secret",
     "ServeConfig",
     "Source",
     "SourceConfig",
     "StackConfig",
+    "Table",
     "VolumeSource",
     "closest",
     "find",
     "format_duration",
-    "json_schema",
     "load",
     "parse",
     "parse_duration",

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from backupd.config.mistakes import ConfigInvalid, Mistake, explain, name_sources
+from backupd.config.mistakes import ConfigInvalid, Mistake, check_names
 from backupd.config.models import ENVIRONMENT, Config
+from backupd.config.read import read
 from backupd.config.values import Mistaken, check_schedule
 from backupd.errors import UsageError
 
@@ -46,28 +45,27 @@ def from_environment(env: Mapping[str, str]) -> Config:
     try:
         found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError:
-        if env.get("BACKUPD_REPOSITORY"):  # enough to look into it and to restore
-            return Config.model_validate({**tree, "origin": ENVIRONMENT})
-        raise UsageError(
-            f"there is no configuration, and no {root} to read sources from",
-            hint="`backupd init` writes a backupd.toml; or mount what to protect under /backup",
-        ) from None
-    if not found and not mistakes:
-        raise UsageError(
-            f"nothing is mounted under {root}", hint=f"mount each directory to protect as {root}/<name>"
-        )
+        found = []
+        if not env.get("BACKUPD_REPOSITORY"):  # with it, enough to look into it and to restore
+            raise UsageError(
+                f"there is no configuration, and no {root} to read sources from",
+                hint="`backupd init` writes a backupd.toml; or mount what to protect under /backup",
+            ) from None
+    else:
+        if not found and not mistakes:
+            raise UsageError(
+                f"nothing is mounted under {root}", hint=f"mount each directory to protect as {root}/<name>"
+            )
     for directory in found:
         tree["sources"][_slug(directory.name)] = {"driver": "volume", "path": str(directory)}
-    config = None
-    try:
-        mistakes += name_sources(tree)
-        config = Config.model_validate({**tree, "origin": ENVIRONMENT})
-    except ValidationError as invalid:
-        names = {"defaults.timezone": "TZ", "repository": "BACKUPD_REPOSITORY"}
-        mistakes += [Mistake(names.get(m.key, m.key), m.message, m.hint) for m in explain(invalid, tree, [])]
+    mistakes += check_names(tree)
+    in_tree: list[Mistake] = []
+    config = read(tree, in_tree)
+    names = {"defaults.timezone": "TZ", "repository": "BACKUPD_REPOSITORY"}
+    mistakes += [Mistake(names.get(m.key, m.key), m.message, m.hint) for m in in_tree]
     if mistakes or config is None:
         raise ConfigInvalid(ENVIRONMENT, mistakes)
-    return config
+    return config.replace(origin=ENVIRONMENT)
 
 
 def _slug(name: str) -> str:

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from backupd.config.environment import from_environment
-from backupd.config.mistakes import ConfigInvalid, Mistake, cross_check, dotted, explain, name_sources
-from backupd.config.models import Config, DefaultsConfig, SourceConfig
+from backupd.config.mistakes import ConfigInvalid, Mistake, check_names, cross_check, dotted
+from backupd.config.models import Config, DefaultsConfig, Source
+from backupd.config.read import read
 from backupd.config.values import closest
 from backupd.errors import UsageError
 
@@ -75,18 +74,12 @@ def parse(text: str, *, origin: str, base: Path, env: Mapping[str, str], locatio
     if location and isinstance(tree.setdefault("repository", {}), dict):
         tree["repository"]["location"] = location
     _substitute(tree, (), env, base, mistakes)
-    mistakes += name_sources(tree)
-    if "origin" in tree:
-        mistakes.append(Mistake("origin", "unknown key", "take it out"))
-    config: Config | None = None
-    try:
-        config = Config.model_validate({**tree, "origin": origin})
-    except ValidationError as invalid:
-        mistakes += explain(invalid, tree, mistakes)
+    mistakes += check_names(tree)
+    config = read(tree, mistakes)
     mistakes += cross_check(tree)
     if mistakes or config is None:
         raise ConfigInvalid(origin, mistakes)
-    return _settle(config, base, env)
+    return _settle(config.replace(origin=origin), base, env)
 
 
 def _toml_hint(message: str) -> str:
@@ -176,36 +169,31 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
         location = str(base / _home(location))
     serve = config.serve
     state = config.state or (Path(env["BACKUPD_STATE"]) if env.get("BACKUPD_STATE") else None)
-    return config.model_copy(
-        update={
-            "repository": repository.model_copy(
-                update={"location": location, "ca_bundle": _absolute(repository.ca_bundle, base)}
-            ),
-            "sources": {name: _settle_source(s, config.defaults, base) for name, s in config.sources.items()},
-            "serve": serve.model_copy(
-                update={
-                    "prune_schedule": _unless_never(serve.prune_schedule),
-                    "verify_schedule": _unless_never(serve.verify_schedule),
-                }
-            ),
-            "state": _absolute(state, base),
-        }
+    return config.replace(
+        repository=repository.replace(location=location, ca_bundle=_absolute(repository.ca_bundle, base)),
+        sources={name: _settle_source(name, s, config.defaults, base) for name, s in config.sources.items()},
+        serve=serve.replace(
+            prune_schedule=_unless_never(serve.prune_schedule),
+            verify_schedule=_unless_never(serve.verify_schedule),
+        ),
+        state=_absolute(state, base),
     )
 
 
-def _settle_source(source: SourceConfig, defaults: DefaultsConfig, base: Path) -> SourceConfig:
+def _settle_source(name: str, source: Source, defaults: DefaultsConfig, base: Path) -> Source:
     zone = source.timezone or defaults.timezone
     policy = source.retention if source.retention is not None else defaults.retention
     if not policy.timezone:
         policy = replace(policy, timezone=zone)
-    paths = {k: _absolute(getattr(source, k), base) for k in ("path", "staging") if hasattr(source, k)}
-    return source.model_copy(
-        update={
-            "schedule": _unless_never(source.schedule or defaults.schedule),
-            "timezone": zone,
-            "retention": policy,
-            **paths,
-        }
+    paths: dict[str, Any] = {
+        k: _absolute(getattr(source, k), base) for k in ("path", "staging") if hasattr(source, k)
+    }
+    return source.replace(
+        name=name,
+        schedule=_unless_never(source.schedule or defaults.schedule),
+        timezone=zone,
+        retention=policy,
+        **paths,
     )
 
 

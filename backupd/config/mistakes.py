@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
-
-from backupd.config.models import (
-    SOURCES,
-    Config,
-    DefaultsConfig,
-    Objectives,
-    RepositoryConfig,
-    ServeConfig,
-    StackConfig,
-)
 from backupd.config.values import Mistaken, check_name, closest
 from backupd.errors import UsageError
-from backupd.retention import Policy
 
 
-@dataclass(frozen=True, slots=True)
-class Mistake:
+class Mistake(NamedTuple):
     """One thing wrong: the key it is at, what is wrong, what to write instead."""
 
     key: str
@@ -51,8 +37,8 @@ class ConfigInvalid(UsageError):
         super().__init__("\n".join(lines), hint="mend each of them; `backupd check` tells when all is well")
 
 
-def name_sources(tree: dict[str, Any]) -> Iterator[Mistake]:
-    """Give each source its name; says which names cannot be."""
+def check_names(tree: dict[str, Any]) -> Iterator[Mistake]:
+    """Which names of sources and stacks cannot be."""
     for kind in ("sources", "stacks"):
         tables = tree.get(kind)
         for name, table in tables.items() if isinstance(tables, dict) else ():
@@ -60,66 +46,8 @@ def name_sources(tree: dict[str, Any]) -> Iterator[Mistake]:
                 check_name(name)
             except Mistaken as wrong:
                 yield Mistake(f"{kind}.{name}", wrong.message, wrong.hint)
-            if kind == "sources" and isinstance(table, dict):
-                if "name" in table:
-                    yield Mistake(f"sources.{name}.name", "unknown key", f"the name is in [sources.{name}]")
-                table["name"] = name
-
-
-def explain(invalid: ValidationError, tree: dict[str, Any], known: list[Mistake]) -> Iterator[Mistake]:
-    """What pydantic found, without what is `known` already."""
-    seen = {m.key for m in known}
-    for error in invalid.errors(include_url=False, include_input=False):
-        at = tuple(str(part) for part in error["loc"])
-        if at[:1] == ("sources",) and len(at) > 2:
-            at = (*at[:2], *at[3:])  # without the driver, by which pydantic tells which model it tried
-        if dotted(at) in seen:
-            continue
-        context = error.get("ctx", {})
-        kind = error["type"]
-        message, hint = error["msg"], ""
-        if kind == "mistake":
-            message, hint = context["message"], context["hint"]
-        elif kind in {"extra_forbidden", "unexpected_keyword_argument"}:
-            message, hint = "unknown key", _like(at, tree)
-        elif kind == "missing":
-            message, hint = "is missing", "write it"
-        elif kind == "union_tag_not_found":
-            at, message = (*at, "driver"), "is missing"
-            hint = f"one of {', '.join(SOURCES)}"
-        elif kind == "union_tag_invalid":
-            at, message = (*at, "driver"), f'there is no driver "{context["tag"]}"'
-            hint = closest(context["tag"], SOURCES) or f"one of {', '.join(SOURCES)}"
-        elif kind == "literal_error":
-            message, hint = "is none of those there are", f"one of {context['expected']}"
-        elif kind.startswith("time_delta"):
-            message, hint = "is not a duration", 'write for example "60s", "15m", "12h" or "30d"'
-        else:
-            message = message.removeprefix("Value error, ").replace("Input should", "should")
-        yield Mistake(dotted(at), message[0].lower() + message[1:], hint)
-
-
-def _like(at: tuple[str, ...], tree: dict[str, Any]) -> str:
-    known = _keys(at[:-1], tree)
-    return closest(at[-1], known) or (f"there are {', '.join(known)}" if known else "take it out")
-
-
-def _keys(at: tuple[str, ...], tree: dict[str, Any]) -> list[str]:
-    """The keys that may stand in the table `at`."""
-    tables: dict[tuple[str, ...], type[BaseModel]] = {
-        (): Config,
-        ("repository",): RepositoryConfig,
-        ("defaults",): DefaultsConfig,
-        ("serve",): ServeConfig,
-    }
-    model = tables.get(at)
-    if at[-1:] == ("retention",):
-        return [*Policy.__dataclass_fields__]
-    if at[:1] == ("sources",) and len(at) == 2:
-        model = SOURCES.get(tree["sources"][at[1]].get("driver"))
-    if at[:1] == ("stacks",):
-        model = StackConfig if len(at) == 2 else Objectives
-    return [k for k in model.model_fields if k not in {"name", "origin"}] if model else []
+            if kind == "sources" and isinstance(table, dict) and "name" in table:
+                yield Mistake(f"sources.{name}.name", "unknown key", f"the name is in [sources.{name}]")
 
 
 def dotted(at: tuple[str, ...]) -> str:

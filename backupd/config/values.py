@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from datetime import timedelta
-from difflib import get_close_matches
 
 WEEKDAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
@@ -85,8 +84,24 @@ def check_name(name: str) -> str:
 
 def closest(word: str, words: Iterable[str]) -> str:
     """`did you mean "x"?` or nothing."""
+    from difflib import get_close_matches
+
     found = get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f'did you mean "{found[0]}"?' if found else ""
+
+
+def check_zone(name: str) -> str:
+    """The name of a time zone. Raises Mistaken."""
+    if name == "UTC":
+        return name
+    from zoneinfo import ZoneInfo, available_timezones
+
+    try:
+        ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        hint = closest(name, available_timezones()) or 'write for example "UTC" or "Europe/Berlin"'
+        raise Mistaken(f"{name!r} is not a time zone", hint) from None
+    return name
 
 
 def check_schedule(text: str, *, weekday_numbers: bool = False) -> str:

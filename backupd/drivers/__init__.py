@@ -18,7 +18,7 @@ from backupd.errors import UsageError
 if TYPE_CHECKING:
     from backupd.config.models import SourceConfig
     from backupd.model import Driver
-    from backupd.sandbox.docker import Engine
+    from backupd.sandbox.engine import Engine
 
 Factory: TypeAlias = "Callable[[Any, Engine], Driver]"
 
@@ -40,7 +40,7 @@ def make_driver(config: SourceConfig, engine: Engine | None = None) -> Driver:
 
     Raises UsageError for a kind that nobody brings.
     """
-    from backupd.sandbox.docker import Engine
+    from backupd.sandbox.engine import Engine
 
     kind = str(getattr(config, "driver", ""))
     return _factory(kind)(config, engine if engine is not None else Engine())

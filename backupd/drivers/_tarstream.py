@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tarfile
 from collections.abc import Generator, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tarfile import TarFile
 
 _BLOCK = 512
 _CHUNK = 1 << 20
@@ -38,9 +41,11 @@ class IteratorFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_tar(chunks: Iterable[bytes]) -> Iterator[tarfile.TarFile]:
+def open_tar(chunks: Iterable[bytes]) -> Iterator[TarFile]:
     """A tar that is read once, from front to back. `chunks` is closed at the end: an engine that is still
     sending when nobody reads holds on to its container."""
+    import tarfile
+
     try:
         with tarfile.open(fileobj=io.BufferedReader(IteratorFile(chunks), _CHUNK), mode="r|") as tar:
             yield tar
@@ -65,6 +70,8 @@ def entry(
     name: str, *, size: int = 0, mode: int = 0o644, uid: int = 0, gid: int = 0, link: str = ""
 ) -> bytes:
     """The header of one entry: a directory where `name` ends in a slash, a hard link to `link`."""
+    import tarfile
+
     made = tarfile.TarInfo(name)
     made.size, made.mode, made.uid, made.gid = size, mode, uid, gid
     if name.endswith("/"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import socket
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -308,7 +307,7 @@ class VolumeDriver:
             return self._settings.helper_image
         if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
             try:
-                return self._engine.container(socket.gethostname()).image
+                return self._engine.container(os.uname().nodename).image
             except ContainerError:
                 pass  # a container of another engine
         return next((image for image in _WITH_GNU_TAR if self._engine.image_present(image)), HELPER_IMAGE)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from backupd.errors import BackupdError, ContainerError
 from backupd.model import Progress, Silence
 from backupd.sandbox.said import ended_badly
-from backupd.sandbox.wire import Hijacked
 
 if TYPE_CHECKING:
     from backupd.sandbox.container import DockerContainer
+    from backupd.sandbox.wire import Hijacked
 
 TIMEOUT = 60  # seconds for an answer of the engine; streams have none
 PULL_STALL = 120.0  # seconds without a word from a registry
@@ -286,6 +286,8 @@ class Engine:
             stream=True,
         )
         api._raise_for_status(response)
+        from backupd.sandbox.wire import Hijacked
+
         return Hijacked(response)
 
     def _sweep_helpers(self) -> None:

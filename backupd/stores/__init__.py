@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from backupd.errors import UsageError
@@ -22,17 +23,21 @@ from backupd.stores.local import LocalStore
 from backupd.stores.memory import MemoryStore
 from backupd.stores.names import check_prefix
 from backupd.stores.retry import RetryStore
-from backupd.stores.s3 import S3Options, S3Store
 
-__all__ = ["STORES", "LocalStore", "MemoryStore", "RetryStore", "S3Options", "S3Store", "open_store"]
+if TYPE_CHECKING:
+    from backupd.stores.s3 import S3Options
+
+__all__ = ["STORES", "LocalStore", "MemoryStore", "RetryStore", "open_store"]
 
 
-def _local(location: str, _options: S3Options, create: bool) -> Store:
+def _local(location: str, _options: S3Options | None, create: bool) -> Store:
     path = unquote(urlsplit(location).path) if location.startswith("file://") else location
     return LocalStore(path, create=create)
 
 
-def _s3(location: str, options: S3Options, _create: bool) -> Store:
+def _s3(location: str, options: S3Options | None, _create: bool) -> Store:
+    from backupd.stores.s3 import S3Store
+
     address = urlsplit(location)
     if "@" in address.netloc or address.query or address.fragment:
         raise UsageError(
@@ -45,7 +50,9 @@ def _s3(location: str, options: S3Options, _create: bool) -> Store:
     return S3Store(address.netloc, address.path, options)
 
 
-STORES: Mapping[str, Callable[[str, S3Options, bool], Store]] = MappingProxyType({"file": _local, "s3": _s3})
+STORES: Mapping[str, Callable[[str, S3Options | None, bool], Store]] = MappingProxyType(
+    {"file": _local, "s3": _s3}
+)
 """Scheme of a location -> what opens it."""
 
 
@@ -67,6 +74,8 @@ def open_store(
             hint=f"a directory, or one of {', '.join(f'{known}://' for known in sorted(STORES))}",
         )
     if patience <= 0 and kind == "s3":
+        from backupd.stores.s3 import S3Options
+
         options = replace(options or S3Options(), attempts=1)
-    store = STORES[kind](location, options or S3Options(), create)
+    store = STORES[kind](location, options, create)
     return RetryStore(store, patience=patience)

@@ -17,8 +17,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 def owner_name() -> str:
     """Who holds a lease, for people; unique, as two leases of one process are two holders."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    return f"{os.uname().nodename}:{os.getpid()}:{os.urandom(4).hex()}"
 
 
 def held_by_another(key: str, owner: str | None, *, ttl: float | None = None) -> Locked:

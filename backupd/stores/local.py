@@ -7,11 +7,9 @@ call that refuses to replace. So a crash leaves nothing that `list` shows; the n
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
-import secrets
 import stat as modes
 import time
 from collections.abc import Iterator
@@ -210,7 +208,7 @@ class LocalStore:
 
     def _open_temporary(self, path: Path) -> tuple[Path, int]:
         """In the directory of `path`, so that giving it its name never crosses file systems."""
-        temporary = path.with_name(f"{OWN}tmp-{secrets.token_hex(8)}")
+        temporary = path.with_name(f"{OWN}tmp-{os.urandom(8).hex()}")
         for attempt in range(100):
             try:
                 self._make_parents(path)
@@ -262,6 +260,8 @@ def _publish(temporary: Path, path: Path, *, overwrite: bool) -> None:
 
 def _rename_no_replace(temporary: Path, path: Path) -> None:
     """For file systems without hard links (FAT, exFAT, SMB); the C library has it from glibc 2.28."""
+    import ctypes
+
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     failed = rename is None or rename(
         _AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), ctypes.c_uint(_RENAME_NOREPLACE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +13,12 @@ from backupd.model import Bytes, Lease, ObjectInfo, Store
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+def _chance() -> float:
+    import random  # seldom needed, and slow to import
+
+    return random.random()  # noqa: S311  how long to wait, nothing secret
 
 
 class RetryStore:
@@ -33,7 +38,7 @@ class RetryStore:
         longest: float = 30.0,
         sleep: Callable[[float], object] = time.sleep,
         now: Callable[[], float] = time.monotonic,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = _chance,
     ) -> None:
         self._store = store
         self._patience, self._first, self._longest = patience, first, longest

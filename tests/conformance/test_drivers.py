@@ -19,6 +19,7 @@ import services as bed
 from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.config.models import ChromaSource, PostgresSource, RedisSource, SourceConfig, VolumeSource
+from backupd.config.secret import Secret
 from backupd.drivers import DRIVERS, make_driver
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed, UsageError
 from backupd.model import (
@@ -76,7 +77,7 @@ def make_redis(services: bed.Services) -> Case:
     for command in ("SET a 1", "RPUSH list 1 2 3", "HSET hash f v", "SET gone 1 EX 90000"):
         service.exec("redis-cli", *command.split(), env=auth)
     return Case(
-        RedisSource.model_validate({"container": service.name, "password": PASSWORD}),
+        RedisSource(container=service.name, password=Secret(PASSWORD)),
         RedisSource(container="nosuch"),
         lambda: service.exec("redis-cli", "SET", "more", "1", env=auth),
     )
@@ -181,7 +182,7 @@ def test_the_table_names_every_driver() -> None:
     """Each has a case here, and a kind nobody brings is refused with the list."""
     assert sorted(DRIVERS) == sorted(MAKERS)
     with pytest.raises(UsageError, match="no driver 'nosuch'") as failure:
-        make_driver(RedisSource.model_construct(driver="nosuch"), ENGINE)  # type: ignore[arg-type]
+        make_driver(RedisSource(driver="nosuch"), ENGINE)  # type: ignore[arg-type]
     assert "postgres" in failure.value.hint
 
 

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from backupd.errors import Locked, ObjectExists, ObjectMissing, StoreError
 from backupd.model import Store
-from backupd.stores import LocalStore, MemoryStore, RetryStore, S3Options, S3Store
+from backupd.stores import LocalStore, MemoryStore, RetryStore
 from backupd.stores.names import is_key
+from backupd.stores.s3 import S3Options, S3Store
 
 KINDS = ("memory", "local", "s3")
 TTL = 3.0
@@ -441,7 +442,8 @@ HOLDER = """
 import json, sys, time
 spec = json.loads(sys.argv[1])
 from backupd.errors import Locked
-from backupd.stores import LocalStore, S3Options, S3Store
+from backupd.stores import LocalStore
+from backupd.stores.s3 import S3Options, S3Store
 store = (LocalStore(spec["root"]) if spec["kind"] == "local"
          else S3Store(spec["bucket"], spec["prefix"], S3Options(**spec["options"])))
 for line in sys.stdin:
