@@ -20,7 +20,8 @@ from backupd.errors import Damaged, Locked, StoreError
 from backupd.model import Bytes, RecoveryPoint, Silence, Store, Stream, Streams
 from backupd.prune import GRACE, PruneReport, plan_prune, prune
 from backupd.retention import Policy
-from backupd.stores import LocalStore, MemoryStore, S3Options, open_store
+from backupd.stores import LocalStore, MemoryStore, open_store
+from backupd.stores.s3 import S3Options
 from backupd.verify import verify
 
 
