@@ -376,7 +376,7 @@ def test_where_nothing_refuses_to_replace_the_store_refuses_to_write(
     store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither links nor such a rename: an error with a hint, and nothing left."""
-    monkeypatch.setattr("backupd.stores.local.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
     with pytest.raises(StoreError, match="rename without replacing") as caught:
         store.put("a", b"1")
     assert caught.value.hint

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from backupd.errors import ObjectExists, ObjectMissing, RepositoryMissing, StoreError
 from backupd.model import Bytes, Lease, ObjectInfo
-from backupd.stores.leases import FlockLease, holding
 from backupd.stores.names import OWN, check_key, check_prefix, check_range, is_key, is_part
 
 DIRECTORY_MODE = 0o700
@@ -131,6 +130,8 @@ class LocalStore:
     @contextmanager
     def lease(self, key: str, *, ttl: float = 60.0) -> Iterator[Lease]:
         """An exclusive lock of the kernel, let go when the process dies; sweeps what killed writers left."""
+        from backupd.stores.leases import FlockLease, holding
+
         check_key(key)
         self._check_root()
         folder, _, name = key.rpartition("/")

@@ -6,11 +6,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from backupd.errors import Locked, ObjectExists, ObjectMissing
 from backupd.model import Bytes, Lease, ObjectInfo
-from backupd.stores.leases import Record, held_by_another, owner_name
 from backupd.stores.names import check_key, check_prefix, check_range
+
+if TYPE_CHECKING:
+    from backupd.stores.leases import Record
 
 
 class MemoryStore:
@@ -56,6 +59,8 @@ class MemoryStore:
 
     @contextmanager
     def lease(self, key: str, *, ttl: float = 60.0) -> Iterator[Lease]:
+        from backupd.stores.leases import Record, held_by_another, owner_name
+
         check_key(key)
         with self._lock:
             before = Record.read(self._objects[key][0]) if key in self._objects else None
