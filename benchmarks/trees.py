@@ -37,7 +37,7 @@ def trees(work: Path, *, files: int, say: Say) -> Scenario:
             Step("1% changed", change, restore="restore"),
             Step("went back", lambda number: put_back(earlier / str(number), tree)),
         ),
-        (*usual({"1% changed": 0.7}), Goal("grown went back, bytes", "restic", 1.0)),
+        (*usual({"1% changed": 0.7}, many_files=True), Goal("grown went back, bytes", "restic", 1.0)),
         keep=True,
     )
 
@@ -72,7 +72,7 @@ def moves(work: Path, *, files: int, say: Say) -> Scenario:
             Step("copied", copy, restore="restore"),
         ),
         (
-            *usual({}),
+            *usual({}, many_files=True),
             *(Goal(f"memory {step}, bytes", "", MOST_MEMORY) for step in ("renamed", "copied")),
             Goal("read renamed, bytes", "", MOVED * large.bytes + _MODULES),
             Goal("grown renamed, bytes", "", MOVED * large.bytes),
