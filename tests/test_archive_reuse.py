@@ -14,6 +14,7 @@ from engine import Engine
 from trees import describe, differences
 
 from backupd.archive import scan
+from backupd.archive.earlier import load_directory
 from backupd.model import Bytes
 
 Open = Callable[..., int]
@@ -168,3 +169,21 @@ def test_a_file_changed_in_a_later_page_of_a_long_directory_is_read(tree: Path, 
     point = engine.write(tree)
     assert point.warnings == ()
     assert not differences(describe(tree), describe(engine.restore(point, tmp_path / "restored")))
+
+
+def test_content_is_found_in_the_packs_of_a_run_that_is_no_point_any_more(tree: Path) -> None:
+    """Pruned, its packs stay as long as a later point needs them."""
+    engine = Engine()
+    first = engine.write(tree)
+    (tree / "0" / "new").write_text("new")
+    settle()
+    engine.write(tree)
+    with engine.repository.lease(engine.source) as lease:
+        engine.repository.remove_point(first, lease)
+    (tree / "1" / "file1").rename(tree / "2" / "moved")
+    settle()
+    engine.write(tree)
+    assert engine.written is not None
+    assert not [pack for pack in engine.written.packs if pack.name.startswith(engine.repository.points()[-1].id)
+                and any(frame.size for frame in load_directory(engine.repository, engine.source, pack.name,
+                                                               pack.size)[0].frames)]  # fmt: skip

@@ -119,7 +119,12 @@ class Earlier:
         """Content of every pack that is there. Loads their directories: 0.5 us a blob."""
         # Newest first: where the table is full, what was stored long ago is the least likely to come again.
         names = sorted(self._objects, key=lambda n: self._objects[n].modified, reverse=True)
-        usable = [n for n in names if n in self._orphans or n.split("/")[0] in self._live_points]
+        # What the latest point names is there to stay, also where the run that wrote it is no point any more.
+        usable = [
+            name
+            for name in names
+            if name in self._refs or name in self._orphans or name.split("/")[0] in self._live_points
+        ]
         # Some 20 bytes of a compressed directory are a blob's.
         known = KnownContent(expected=sum(ref.directory for ref in self._refs.values()) // 20)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="directory") as readers:
