@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 90, 36, 40
+_STEPS = 40
 _COLOURS = ("#1b6ca8", "#c8553d", "#4f772d")
 
 
@@ -27,7 +28,7 @@ class Panel:
     amounts: list[float]
     lines: list[Line]
     linear: bool = False
-    """Dashed beside each line: what it would be if it were linear, drawn through its last point."""
+    """Dashed beside each line: the straight one from its first point to its last, bent by these axes."""
     limit: float | None = None
 
 
@@ -62,15 +63,17 @@ def _panel(panel: Panel) -> str:
 
     out = [f'<text x="{_LEFT}" y="20" font-weight="bold">{escape(panel.title)}</text>']
     out += [_tick_below(x(amount), _short(amount)) for amount in panel.amounts]
-    ticks = _decades(low, high) if logarithmic else [high * share for share in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = _decades(low, high) if logarithmic else _even(high)
     out += [_tick_left(y(value), _short(value)) for value in ticks]
     if panel.limit is not None:
         out.append(_path([(x(first), y(panel.limit)), (x(last), y(panel.limit))], "#777", dashed=True))
     for line, colour in zip(panel.lines, _COLOURS, strict=False):
         points = [(x(amount), y(value)) for amount, value in zip(panel.amounts, line.values, strict=True)]
         if panel.linear:
-            ideal = [(x(amount), y(line.values[-1] * amount / last)) for amount in panel.amounts]
-            out.append(_path(ideal, colour, dashed=True))
+            slope = (line.values[-1] - line.values[0]) / (last - first)
+            between = [first * (last / first) ** (step / _STEPS) for step in range(_STEPS + 1)]
+            straight = [(x(amount), y(line.values[0] + slope * (amount - first))) for amount in between]
+            out.append(_path(straight, colour, dashed=True))
         out.append(_path(points, colour))
         out += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points]
         px, py = points[-1]
@@ -100,6 +103,13 @@ def _decades(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, 20 ... between the two."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [step * 10.0**power for power in powers for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+
+
+def _even(high: float) -> list[float]:
+    """About five, at round numbers."""
+    power = 10.0 ** math.floor(math.log10(high))
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1, 2) if high / (power * part) <= 7)
+    return [step * number for number in range(int(high / step) + 1)]
 
 
 def _short(value: float) -> str:

@@ -159,6 +159,6 @@ def _panels(unit: str, points: list[Point]) -> list[Panel]:
         Line("unchanged", [point.unchanged.memory / 1e6 for point in points]),
     ]
     return [
-        Panel(f"seconds by {unit}; dashed: linear", amounts, seconds, linear=True),
+        Panel(f"seconds by {unit}; dashed: a straight line", amounts, seconds, linear=True),
         Panel(f"peak memory by {unit}, MB; dashed: the goal", amounts, memory, limit=MOST_MEMORY / 1e6),
     ]
