@@ -6,12 +6,16 @@ import contextlib
 import json
 import os
 import random
+import sqlite3
+import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter, block_size
+from backupd.archive.files import page_size_of
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import BLOB, PackBuilder, decode_directory, directory_length
 from backupd.archive.page import decode_page, encode_page, pieces_of
@@ -197,3 +201,17 @@ def test_the_table_of_known_content_stays_within_its_bound() -> None:
     assert known.full
     assert known.find(random.Random(5).randbytes(16)) == ("p", 5)
     assert known.find(random.Random(2999).randbytes(16)) is None
+
+
+# --- what is written over in place ---------------------------------------------------------------------------------
+
+
+def test_a_file_of_pages_is_known_by_its_head(tmp_path: Path) -> None:
+    """SQLite's by a real file's; PostgreSQL's by the header of an empty page as its bufpage.h lays it out."""
+    database = sqlite3.connect(tmp_path / "a.db")
+    database.execute("CREATE TABLE t (x)")
+    database.close()
+    assert page_size_of((tmp_path / "a.db").read_bytes()[:24]) == 16384
+    page = struct.pack("<QHHHHHHI", 0, 0, 0, 24, 8192, 8192, 8192 | 4, 0)
+    assert page_size_of(page) == 8192
+    assert page_size_of(b"#!/bin/sh\n") == page_size_of(b"") == page_size_of(bytes(24)) == 0

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import TAIL_SIZE, Directory, decode_blobs, decode_directory, directory_length
 from backupd.archive.page import CONTENT, EXTRA, INODE, NAME, Page, Row, decode_page, pieces_of
+from backupd.archive.parallel import in_order
 from backupd.archive.pipeline import page_from_row
 from backupd.errors import Damaged
 from backupd.model import ObjectInfo
@@ -109,8 +110,8 @@ class Earlier:
         """Inode of each directory of the latest point -> its path there. Reads every page: 0.2 s for 60,000 files."""
         return {
             own[INODE]: path
-            for ref in self._row
-            for path, own, _ in self._read_page(ref).dirs
+            for page in in_order(self._row, self._read_page)
+            for path, own, _ in page.dirs
             if own is not None
         }
 

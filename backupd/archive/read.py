@@ -28,6 +28,7 @@ from backupd.archive.page import (
     pieces_of,
     xattrs_of,
 )
+from backupd.archive.parallel import in_order
 from backupd.archive.scan import sort_key
 from backupd.errors import NoRecoveryPoint
 from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
@@ -69,8 +70,7 @@ class PointArchive:
 
     def pages(self) -> Iterator[Page]:
         """Decoded index pages, in order. Raises Damaged."""
-        for ref in self._manifest.pages:
-            yield self._page(ref)
+        yield from in_order(self._manifest.pages, self._page)  # of a distant store one by one would take long
 
     def members(self) -> Iterator[Member]:
         for path, row, _ in self._rows():
