@@ -24,7 +24,7 @@ from backupd.codec import Codec
 from backupd.errors import BackupdError, Interrupted
 from backupd.repository import PackRef, PageRef
 
-FRAME_SIZE = 2 << 20
+FRAME_SIZE = 3 << 19
 """Bytes of content that a frame aims at: one compressor per thread scales best on 1 to 4 MiB."""
 SLAB_SIZE = FRAME_SIZE + (1 << 20) + (1 << 18)
 """A slab is submitted when it reaches FRAME_SIZE; the rest is room for one more small file and its header."""
@@ -112,7 +112,7 @@ class Pipeline:
         self._ended = False
         workers = max(1, len(os.sched_getaffinity(0)))
         self._free: queue.SimpleQueue[Slab] = queue.SimpleQueue()
-        self._unmade = workers + 3  # slabs: a small run needs one or two
+        self._unmade = workers + 4  # slabs: a small run needs one or two
         self._work: queue.SimpleQueue[tuple[Slab, _Frame] | None] = queue.SimpleQueue()
         self._ordered: queue.SimpleQueue[_Frame | PageDraft | None] = queue.SimpleQueue()
         self._flight = threading.BoundedSemaphore(_IN_FLIGHT)
