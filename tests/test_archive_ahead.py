@@ -39,6 +39,7 @@ def tree(tmp_path: Path) -> Path:
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[ScanAhead]:
     """Small trees are shared out too; the processes that were started."""
     monkeypatch.setattr(scan_ahead, "LEAST", 1)
+    monkeypatch.setattr(scan_ahead, "_HEAD_START", 0)
     started: list[ScanAhead] = []
     plain = ScanAhead.__init__
 

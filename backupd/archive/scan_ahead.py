@@ -25,6 +25,8 @@ from backupd.repository import PageRef
 
 LEAST = 20_000
 """Members: of smaller trees half is listed before a process has started."""
+_HEAD_START = 4_000
+"""Members that are listed here before the process has started."""
 _PIPE = 1 << 20  # the most that the kernel gives without privilege
 
 
@@ -37,7 +39,7 @@ def halfway(pages: Sequence[PageRef]) -> str:
     seen = 0
     for page in pages:
         # A page that begins inside a directory has its name in the key: only whole directories can be shared out.
-        if seen * 2 >= members and page.first and "\0" not in page.first:
+        if seen >= members // 2 + _HEAD_START and page.first and "\0" not in page.first:
             return page.first
         seen += page.members
     return ""
