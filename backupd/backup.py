@@ -120,7 +120,7 @@ def _lease(repository: Repository, source: str) -> Iterator[Lease | None]:
 def _without_repository(capture: Capture, repository: Repository) -> Content:
     """A local repository below the tree that is backed up must not back up itself."""
     content = capture.content
-    if not isinstance(content, Tree) or "://" in repository.store.location:
+    if not isinstance(content, Tree) or repository.distant:
         return content
     try:
         inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())

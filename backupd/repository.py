@@ -96,6 +96,11 @@ class Repository:
         self.id: str = head["id"]
         self.codec: Codec = codec_named(head["codec"])
 
+    @property
+    def distant(self) -> bool:
+        """Whether each request waits for an answer from afar: then many are made at once."""
+        return "://" in self.store.location
+
     @classmethod
     def create(cls, store: Store, *, clock: Clock) -> Repository:
         """Make a new repository. Raises UsageError where one exists already."""

@@ -41,6 +41,8 @@ _BATCH = 10_000
 """Members whose places are held in memory at once, twice: one batch is planned while another is written. Larger ones
 would decode fewer frames twice where content lies scattered over the packs of many runs."""
 _MOST_WARNINGS = 1000
+_WORKERS_FAR = 8
+"""Frames that are asked for at once where each answer takes its time."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ROOT = os.geteuid() == 0
 
@@ -118,7 +120,7 @@ class Extraction:
             self._close_handles()
 
     def _write(self, pages: Iterable[Page]) -> None:
-        workers = max(2, len(os.sched_getaffinity(0)))
+        workers = _WORKERS_FAR if self._frames.distant else max(2, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(workers, thread_name_prefix="restore") as pool:
             try:
                 for page in pages:

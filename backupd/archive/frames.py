@@ -36,6 +36,10 @@ class FrameReader:
         self._directories: OrderedDict[str, Directory] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def distant(self) -> bool:
+        return self._repository.distant
+
     def directory(self, name: str) -> Directory:
         """Raises Damaged."""
         with self._lock:

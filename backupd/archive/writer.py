@@ -14,6 +14,8 @@ from backupd.model import Progress
 from backupd.repository import PackRef, PageRef, Repository
 
 _MOST_WARNINGS = 1000
+_PUTTERS_FAR = 3
+"""Packs that are sent at once where each waits for answers; a disk takes them as fast one by one, in less memory."""
 
 
 @dataclass(slots=True)
@@ -41,14 +43,12 @@ class ArchiveWriter:
         *,
         progress: Progress,
         stop: threading.Event,
-        putters: int = 1,
     ) -> None:
         self._repository = repository
         self._source = source
         self._point = point_id
         self._progress = progress
         self._stop = stop
-        self._putters = putters
         self.earlier = Earlier(repository, source)
         self.plain = self.earlier.nothing
         self.warnings: list[str] = []
@@ -65,7 +65,12 @@ class ArchiveWriter:
             names = (f"{self._point}/{number:04d}" for number in range(10**9))
             known = None if self.plain else self.earlier.known
             self._pipeline = Pipeline(
-                self._repository.codec, self._put, names, known, putters=self._putters, stop=self._stop
+                self._repository.codec,
+                self._put,
+                names,
+                known,
+                putters=_PUTTERS_FAR if self._repository.distant else 1,
+                stop=self._stop,
             )
         return self._pipeline
 
