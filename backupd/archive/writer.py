@@ -65,13 +65,9 @@ class ArchiveWriter:
             names = (f"{self._point}/{number:04d}" for number in range(10**9))
             known = None if self.plain else self.earlier.known
             self._pipeline = Pipeline(
-                self._repository.codec,
-                self._put,
-                names,
-                known,
-                putters=_PUTTERS_FAR if self._repository.distant else 1,
-                stop=self._stop,
-            )
+                self._repository.codec, self._put, names, known,
+                putters=_PUTTERS_FAR if self._repository.distant else 1, stop=self._stop,
+            )  # fmt: skip
         return self._pipeline
 
     def warn(self, text: str) -> None:
