@@ -46,7 +46,10 @@ def feed_large(
     pieces: Pieces = []
     total = 0
     for slab, start, count, lengths in _slabs(pipeline, fill, cutter, header, size):
-        at = _claim(pipeline, slab, start, lengths, pieces)
+        at = start
+        for length in lengths:
+            slab.blobs.append((at, length, pieces, b""))
+            at += length
         total += count
         slab.length = at
         pipeline.submit()
@@ -67,7 +70,10 @@ def feed_stream(
     for number, (slab, start, count, lengths) in enumerate(
         _slabs(pipeline, fill, cutter, blank, None, every=True), 1
     ):
-        at = _claim(pipeline, slab, start, lengths, pieces)
+        at = start
+        for length in lengths:
+            slab.blobs.append((at, length, pieces, b""))
+            at += length
         total += count
         if part_header:
             slab.view[: tar.BLOCK] = part_header(number, count)
@@ -77,15 +83,6 @@ def feed_stream(
         slab.length = at
         pipeline.submit()
     return pieces, total
-
-
-def _claim(pipeline: Pipeline, slab: Slab, at: int, lengths: list[int], pieces: Pieces) -> int:
-    """Note the blobs that lie side by side from `at` on; where they end."""
-    view, blobs, look_up = slab.view, slab.blobs, pipeline.look_up
-    for length in lengths:
-        blobs.append((at, length, pieces, *look_up(view[at : at + length])))
-        at += length
-    return at
 
 
 def _slabs(

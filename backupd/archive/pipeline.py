@@ -1,6 +1,6 @@
 """From slabs of bytes to stored packs: workers, an ordered writer, putters, with bounded queues between.
 
-    reader (the caller): digest, look up -> slabs -> workers: compress -> writer, in order: packs and pages -> putters
+    reader (the caller) -> slabs -> workers: digest, look up, compress -> writer, in order: packs and pages -> putters
 
 A slab goes back to the reader when its worker is done with it; a frame counts against `_IN_FLIGHT` until the writer
 has placed it; a pack's buffer is free again when it is stored. So a slow store holds back the source, and
@@ -38,10 +38,8 @@ _MOST_ROWS = 1024
 fill before thousands of pages wait for it."""
 
 
-Place: TypeAlias = "tuple[str, int]"
-"""Name of a pack, number of a blob in it."""
-Content: TypeAlias = "tuple[int, int, Pieces, bytes, Place | None]"
-"""A blob in a slab: offset, length, where its place is to be noted, its digest, its place if it is stored already."""
+Content: TypeAlias = "tuple[int, int, Pieces, bytes]"
+"""A blob in a slab: offset, length, where its place is to be noted, its digest (empty: the worker's to compute)."""
 
 
 class Slab:
@@ -83,6 +81,8 @@ class _Frame:
     size: int = 0
     rows: list[bytes] = field(default_factory=list)
     """Packed BLOB rows of the blobs that are new."""
+    places: list[tuple[str, int] | None] = field(default_factory=list)
+    """For each blob where it was found, or None where it is new."""
 
 
 class Pipeline:
@@ -107,6 +107,7 @@ class Pipeline:
         self._names = names
         self._known = known
         self._stop = stop or threading.Event()
+        self.digest = codec.digest
         self._failure: BaseException | None = None
         self._ended = False
         workers = max(1, len(os.sched_getaffinity(0)))
@@ -149,14 +150,9 @@ class Pipeline:
             return Slab()
         return self._free.get()
 
-    def look_up(self, content: memoryview) -> tuple[bytes, Place | None]:
-        """A blob's digest, and where this content is stored already; nothing is known in a first run.
-
-        For the reader, not for the workers, though they have more time: content is in the core's cache here, and
-        thousands of calls a second that wait for the interpreter's lock in several threads cost a third of a run.
-        """
-        digest = self._codec.digest(content)
-        return digest, self._known.find(digest) if self._known is not None else None
+    def find(self, digest: bytes) -> tuple[str, int] | None:
+        """Where this content is stored already: pack and blob. Nothing is known in a first run."""
+        return self._known.find(digest) if self._known is not None else None
 
     def filled(self) -> None:
         """Submit the slab if it has reached the size of a frame."""
@@ -237,18 +233,24 @@ class Pipeline:
             frame.ready.set()
 
     def _make_frame(self, slab: Slab, frame: _Frame) -> None:
-        view, pack_row = slab.view, BLOB.pack
+        view, digest, pack_row = slab.view, self._codec.digest, BLOB.pack
         if self._known is None:
-            frame.rows = [pack_row(offset, length, digest) for offset, length, _, digest, _ in slab.blobs]
+            for offset, length, _, name in slab.blobs:
+                frame.rows.append(pack_row(offset, length, name or digest(view[offset : offset + length])))
             frame.size = slab.length
             frame.stored = self._codec.encode(view[: slab.length]) if slab.length else b""
             return
         new: list[memoryview] = []
         end = 0
-        for offset, length, _, digest, place in slab.blobs:
+        find = self._known.find
+        for offset, length, _, known in slab.blobs:
+            part = view[offset : offset + length]
+            name = known or digest(part)
+            place = None if known else find(name)  # whoever gave the digest has looked already
+            frame.places.append(place)
             if place is None:
-                frame.rows.append(pack_row(end, length, digest))
-                new.append(view[offset : offset + length])
+                frame.rows.append(pack_row(end, length, name))
+                new.append(part)
                 end += length
         frame.size = end
         if new:
@@ -286,7 +288,9 @@ class Pipeline:
             pack.add_frame(frame.stored, frame.size, frame.rows)
             if self._known is not None:
                 self._known.add_pack(pack.name, b"".join(frame.rows), number)
-        for _, _, pieces, _, place in frame.blobs:
+        places = frame.places
+        for index, (_, _, pieces, _) in enumerate(frame.blobs):
+            place = places[index] if places else None
             if place is None:
                 name, blob = pack.name, number
                 number += 1
