@@ -49,7 +49,8 @@ def wait_for(ready: Callable[[], object], what: str, *, timeout: float = 120) ->
 @contextmanager
 def postgres(*settings: str, data: Path | None = None) -> Iterator[str]:
     """A PostgreSQL server; its container. `data`: where its files shall lie here; they are at rest afterwards."""
-    options = ["--env", "POSTGRES_HOST_AUTH_METHOD=trust"]
+    # Parallel queries share memory: Docker's 64 MB are too little for them.
+    options = ["--env", "POSTGRES_HOST_AUTH_METHOD=trust", "--shm-size", "1g"]
     if data is not None:
         data.mkdir(parents=True, exist_ok=True)
         options += ["--volume", f"{data}:/var/lib/postgresql/data"]

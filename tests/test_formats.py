@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter, block_size
-from backupd.archive.files import page_size_of
+from backupd.archive.files import is_paged
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import BLOB, PackBuilder, decode_directory, directory_length
 from backupd.archive.page import decode_page, encode_page, pieces_of
@@ -211,7 +211,6 @@ def test_a_file_of_pages_is_known_by_its_head(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "a.db")
     database.execute("CREATE TABLE t (x)")
     database.close()
-    assert page_size_of((tmp_path / "a.db").read_bytes()[:24]) == 16384
-    page = struct.pack("<QHHHHHHI", 0, 0, 0, 24, 8192, 8192, 8192 | 4, 0)
-    assert page_size_of(page) == 8192
-    assert page_size_of(b"#!/bin/sh\n") == page_size_of(b"") == page_size_of(bytes(24)) == 0
+    assert is_paged((tmp_path / "a.db").read_bytes()[:24])
+    assert is_paged(struct.pack("<QHHHHHHI", 0, 0, 0, 24, 8192, 8192, 8192 | 4, 0))
+    assert not any(is_paged(head) for head in (b"#!/bin/sh\n", b"", bytes(24)))
