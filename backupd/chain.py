@@ -6,12 +6,12 @@ large one before it removes the small ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 
-from backupd.model import LogGap, LogSpan, RecoveryPoint
+from backupd.model import Json, LogGap, LogSpan, RecoveryPoint
 
 SLACK = timedelta(seconds=1)
 """A commit may be written a few milliseconds after it took its time: so much more of the log is replayed from."""
@@ -48,8 +48,12 @@ class Chain:
 
 def need_of(point: RecoveryPoint) -> Need | None:
     """None for a point that stands alone."""
-    found = [point.attributes.get(name) for name in ("epoch", "start", "end")]
-    match found:
+    return need_in(point.attributes)
+
+
+def need_in(attributes: Mapping[str, Json]) -> Need | None:
+    """What a point with these attributes needs."""
+    match [attributes.get(name) for name in ("epoch", "start", "end")]:
         case [str(epoch), int(start), int(end)]:
             return Need(epoch, start, end)
     return None

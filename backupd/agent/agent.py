@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,7 @@ from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoi
 if TYPE_CHECKING:
     from backupd.agent.status import Protection
     from backupd.catalog import Catalog
+    from backupd.chain import Chain
     from backupd.plan import RestorePlan, Step
     from backupd.prune import PruneReport
     from backupd.repository import Repository
@@ -264,7 +265,7 @@ class Agent:
                 raise UsageError(
                     f"the point {found.id} is one of {found.source}", hint="leave the name out, or correct it"
                 )
-            return plan_point(found)
+            return plan_point(found, self.chains([found]))
         points = repository.points()
         with_points = list(dict.fromkeys(p.source for p in points))
         known = list(dict.fromkeys([*self.config.sources, *with_points]))
@@ -273,7 +274,16 @@ class Agent:
             raise NoRecoveryPoint(
                 "the repository holds no recovery point", hint="`backupd backup` makes some"
             )
-        return plan_restore(points, at, wanted, max_skew=max_skew)
+        logs = self.chains(point for point in points if point.source in wanted)
+        return plan_restore(points, at, wanted, logs=logs, max_skew=max_skew)
+
+    def chains(self, points: Iterable[RecoveryPoint]) -> list[Chain]:
+        """The logs that continue these points; nothing is listed for those that stand alone."""
+        from backupd.chain import chains, need_of
+
+        repository = self.repository()
+        recorded = dict.fromkeys(point.source for point in points if need_of(point))
+        return [chain for source in recorded for chain in chains(*repository.logs(source))]
 
     def expected(self, plan: RestorePlan) -> timedelta | None:
         """How long a restore of the plan will take, by the last good one of the same sources here, longer as
@@ -287,17 +297,18 @@ class Agent:
         return (last.finished - last.started) * max(1.0, plan.size / max(1, last.size))
 
     def restore(
-        self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False
-    ) -> RestoreReport:
-        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. Raises UsageError,
-        RestoreFailed, Damaged."""
+        self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False,
+        target: Mapping[str, str] | None = None,
+    ) -> RestoreReport:  # fmt: skip
+        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. `target`: where the log's replay
+        ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
         kind, _, place = to.partition(":")
         if (kind, bool(place)) not in {("sandbox", False), ("dir", True), ("container", True)}:
             raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
         reports: list[RestoreReport] = []
 
         def work() -> Run:
-            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep)
+            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep, target=target or {})
             reports.append(report)
             told = [f"{source}: {len(lines)} facts differ" for source, lines in report.differences.items()]
             status = RunStatus.FAILED if told else RunStatus.OK
@@ -309,12 +320,12 @@ class Agent:
 
     def _restore(
         self, plan: RestorePlan, kind: str, place: str, *, name: str, watch: Callable[[Step], Progress],
-        keep: bool,
+        keep: bool, target: Mapping[str, str],
     ) -> RestoreReport:  # fmt: skip
         from backupd import restore
         from backupd.sandbox.docker import DockerSandbox
 
-        work = restore.Work(self.repository(), self.clock, watch, self.stop)
+        work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
         if kind == "dir":
             return restore.restore_to_directory(plan, Path(place), work)
         if kind == "container":
@@ -401,7 +412,8 @@ class Agent:
 
         repository = self.repository()
         if point in self.config.sources or point in repository.sources():
-            newest = plan_restore(repository.points(point), LATEST, [point])
+            points = repository.points(point)
+            newest = plan_restore(points, LATEST, [point], logs=self.chains(points))
             return open_archive(repository, newest.steps[0].point)
         return open_archive(repository, repository.find(point))
 

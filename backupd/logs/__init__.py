@@ -1,17 +1,28 @@
 """The continuous side of a source: its log, stored piece by piece, put together, read back (FORMAT.md, Log)."""
 
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
-from backupd.logs.read import check_log, read_logs, read_span, wait_for_logs
+from backupd.logs.read import (
+    LOG_FOLDER,
+    check_log,
+    check_logs,
+    read_logs,
+    read_span,
+    wait_for_logs,
+    write_logs,
+)
 from backupd.logs.writer import LogWriter, Recorded
 
 __all__ = [
+    "LOG_FOLDER",
     "Compaction",
     "LogWriter",
     "Recorded",
     "check_log",
+    "check_logs",
     "compact_logs",
     "plan_compaction",
     "read_logs",
     "read_span",
     "wait_for_logs",
+    "write_logs",
 ]

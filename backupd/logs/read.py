@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from backupd.chain import Need, chains, cover
 from backupd.errors import Damaged, ObjectMissing
 from backupd.logs.piece import HEAD, Header, decode, decode_header, header_length
 from backupd.model import LogGap, LogSpan
 from backupd.repository import Repository, log_key
+
+LOG_FOLDER = "backupd-log"
+"""Where a restore into a directory puts the log, beside the files."""
 
 _AGAIN = 3  # times that what was planned is looked for anew, when compaction was faster
 _NAP = 0.5
@@ -73,6 +78,35 @@ def check_log(repository: Repository, span: LogSpan) -> Header:
     except Damaged as error:
         raise _named(span, error) from None
     return header
+
+
+def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
+    """Each of them as `check_log`, before a restore begins. Raises Damaged."""
+    left = list(spans)
+    for _ in range(_AGAIN):
+        try:
+            for span in left:
+                check_log(repository, span)
+        except ObjectMissing:  # put together with others, or lost: then reading would find a hole
+            held = [s for s in repository.logs(spans[0].source)[0] if s.epoch == spans[0].epoch]
+            left = list(cover(held, spans[0].start))
+            if not left or left[-1].end < spans[-1].end:
+                raise _hole(spans[0], left[-1].end if left else spans[0].start) from None
+        else:
+            return
+
+
+def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
+    """The log as one file in a new folder; its name: epoch and first position."""
+    folder.mkdir()
+    name = ""
+    with contextlib.ExitStack() as stack:
+        for piece, data in pieces:
+            if not name:
+                name = f"{piece.epoch}-{piece.start:016x}"
+                file = stack.enter_context((folder / name).open("xb"))
+            file.write(data)
+    return name
 
 
 def read_header(repository: Repository, span: LogSpan | LogGap) -> Header:

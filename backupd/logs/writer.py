@@ -192,7 +192,8 @@ class LogWriter:
         """An object without any log, for the newest anchor that counts. None right behind a gap: by its position it
         would belong to what was before."""
         counting = [anchor for anchor in self._pending if anchor.position <= self._position]
-        if counting and not self._fresh:
+        news = counting and (self._stored is None or counting[-1].at > self._stored.at)
+        if news and not self._fresh:
             self._put(self._position, self._position, b"", (counting[-1],))
             self._pending = [anchor for anchor in self._pending if anchor not in counting]
 
