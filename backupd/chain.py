@@ -87,6 +87,12 @@ def chain_of(point: RecoveryPoint, among: Iterable[Chain]) -> Chain | None:
     return next((c for c in among if c.source == point.source and c.covers(need)), None)
 
 
+def needs_base(points: Iterable[RecoveryPoint], among: Sequence[Chain], epoch: str, position: int) -> bool:
+    """Whether what is recorded from this position on continues no point: then nothing of it could be restored."""
+    held = [chain for chain in among if chain.epoch == epoch and chain.end == position]
+    return not any(chain_of(point, held[-1:]) for point in points)
+
+
 def interval(point: RecoveryPoint, chain: Chain) -> tuple[datetime, datetime]:
     """From when to when the point and its chain restore."""
     return point.instant, max(point.instant, chain.reach or point.instant)

@@ -449,7 +449,7 @@ class Run:
 
     id: str
     job: str
-    """`backup`, `restore`, `prune`, `verify`."""
+    """`backup`, `compact`, `restore`, `prune`, `verify`."""
     source: str
     """Source or stack; empty for work on the whole repository."""
     status: RunStatus

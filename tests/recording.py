@@ -120,6 +120,8 @@ class AccountRecorder:
 
     def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
         account = self.account
+        if account.breaks:
+            raise RuntimeError(account.breaks)
         position = account.kept
         if since is not None and since.epoch == account.epoch:
             position = since.end

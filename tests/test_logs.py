@@ -299,7 +299,7 @@ def test_an_idle_source_gets_an_anchor_a_minute_and_one_at_the_end(engine: Engin
 
 def test_after_a_gap_nothing_comes_before_it_begins_anew(engine: Engine) -> None:
     told: list[str] = []
-    sink = LogWriter(engine.repository, "db", on_gap=told.append)
+    sink = LogWriter(engine.repository, "db", on_begin=lambda: told.append("begun"))
     sink.begin(EPOCH, 0)
     sink.piece(0, 100, content(0, 100))
     sink.gap("the slot was lost")
@@ -308,7 +308,7 @@ def test_after_a_gap_nothing_comes_before_it_begins_anew(engine: Engine) -> None
     sink.begin(EPOCH, 100)
     sink.piece(100, 200, content(100, 200))
     assert read_back(engine.repository) == {0: content(0, 100), 100: content(100, 200)}
-    assert (told, sink.recorded.gap) == (["the slot was lost"], "the slot was lost")
+    assert (told, sink.recorded.gap) == (["begun", "begun"], "the slot was lost")
 
 
 def test_a_recorder_that_finds_its_place_lost_can_say_so_before_it_begins(engine: Engine) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backupd import log
 from backupd.agent.names import expand
@@ -189,10 +189,16 @@ class Agent:
     def driver_for(self, point: RecoveryPoint) -> Driver:
         """The driver that restores a point, also of a source that is configured no more, or on a machine that
         knows nothing but the repository."""
+        from backupd.chain import need_of
         from backupd.drivers import make_driver
 
         configured = self.config.sources.get(point.source)
-        if configured is not None and getattr(configured, "driver", "") == point.driver:
+        recorded = need_of(point) is not None
+        if (
+            configured is not None
+            and getattr(configured, "driver", "") == point.driver
+            and (configured.recorded_every is not None) == recorded
+        ):
             return self.driver(point.source)
         model = SOURCES.get(point.driver)
         if model is None:
@@ -201,7 +207,8 @@ class Agent:
                 hint="install it, or restore the files alone: --to dir:PATH",
             )
         # The place it was captured from is not known here, and a restore into a fresh home does not need it.
-        return make_driver(model(name=point.source), self.engine)
+        settings: dict[str, Any] = {"mode": "pitr"} if recorded else {}
+        return make_driver(model(name=point.source, **settings), self.engine)
 
     # --- names -----------------------------------------------------------------------------------------
 
@@ -397,13 +404,15 @@ class Agent:
     def status(self) -> list[Protection]:
         """How well each configured source is protected, as of now."""
         from backupd.agent.status import protections
+        from backupd.logs import reached
 
         self.catalog.abandon_stale(self.clock())
         repository = self.repository()
         # A key begins with the time: one manifest of each source is read, not all that there are.
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
-        return protections(self.config, newest, self.catalog, self.clock())
+        recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
+        return protections(self.config, newest, self.catalog, self.clock(), reached(repository, recorded))
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""

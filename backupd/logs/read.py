@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from backupd.chain import Need, chains, cover
@@ -115,6 +116,17 @@ def read_header(repository: Repository, span: LogSpan | LogGap) -> Header:
     if header_length(head) > len(head) >= HEAD:
         head = repository.read_log(span, length=header_length(head))
     return decode_header(repository.codec, head)
+
+
+def reached(repository: Repository, sources: Iterable[str]) -> dict[str, datetime]:
+    """The newest anchor of each log that has any: up to when a restore would come."""
+    found = {}
+    for source in sources:
+        spans, _ = repository.logs(source)
+        newest = max((span.anchor.at for span in spans if span.anchor), default=None)
+        if newest is not None:
+            found[source] = newest
+    return found
 
 
 def wait_for_logs(

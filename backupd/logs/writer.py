@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from backupd.chain import chains
+from backupd.chain import chains, newest
 from backupd.errors import ObjectExists, StoreError
 from backupd.logs.piece import encode
 from backupd.logs.read import read_span
@@ -45,21 +45,26 @@ class Recorded:
 
 
 class LogWriter:
-    """A `model.LogSink` of one source. Fed by one thread; `recorded` may be asked by any."""
+    """A `model.LogSink` of one source. Fed by one thread; `recorded` may be asked by any.
+
+    `on_begin` is told whenever a stretch begins that may need a base of its own.
+    """
 
     def __init__(
         self,
         repository: Repository,
         source: str,
         *,
-        on_gap: Callable[[str], object] = lambda _reason: None,
+        on_begin: Callable[[], object] = lambda: None,
         idle: float = IDLE,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._repository, self._source = repository, source
-        self._on_gap, self._idle, self._now = on_gap, idle, now
+        self._on_begin, self._idle, self._now = on_begin, idle, now
         self._lock = threading.RLock()
         spans, gaps = repository.logs(source)
+        self.since = newest(spans)
+        """Where recording goes on."""
         found = chains(spans, gaps)
         self._last = {chain.epoch: chain for chain in found}  # sorted by start: the last of each epoch stays
         self._ends = {epoch: chain.end for epoch, chain in self._last.items()}
@@ -104,6 +109,7 @@ class LogWriter:
             self._epoch, self._position, self._begun = epoch, position, True
             self._ends[epoch] = position
             self._tell(epoch=epoch, position=position)
+        self._on_begin()
 
     def piece(self, start: int, end: int, data: bytes) -> None:
         with self._lock:
@@ -201,6 +207,7 @@ class LogWriter:
         reason = f"the source's clock was set back from {before.isoformat()} to {at.isoformat()}"
         self._mark(self._epoch, self._position, reason)
         self._fresh, self._pending, self._stored = True, [], None
+        self._on_begin()
 
     def _mark(self, epoch: str, position: int, reason: str) -> None:
         """The window closes at this position, for good."""
@@ -210,7 +217,6 @@ class LogWriter:
             self._repository.put_log(LogGap(self._source, epoch, position), marker)
         self._cuts.add((epoch, position))
         self._tell(gap=reason)
-        self._on_gap(reason)
 
     def _tell(self, **changes: object) -> None:
         self._recorded = replace(self._recorded, **changes)  # type: ignore[arg-type]
