@@ -42,7 +42,12 @@ class Chain:
         """The newest anchor that counts."""
         return max((span.anchor.at for span in self.spans if span.anchor), default=None)
 
+    def holds(self, need: Need) -> bool:
+        """At least where it begins."""
+        return need.epoch == self.epoch and self.start <= need.start <= self.end
+
     def covers(self, need: Need) -> bool:
+        """All of it."""
         return need.epoch == self.epoch and self.start <= need.start and need.end <= self.end
 
 
@@ -131,3 +136,19 @@ def newest(spans: Iterable[LogSpan]) -> LogSpan | None:
         return None
     last = max(held, key=lambda s: (s.anchor is not None, s.anchor.at if s.anchor else None, s.end))
     return max((s for s in held if s.epoch == last.epoch), key=lambda s: s.end)
+
+
+def cuts_left_by(chain: Chain, removed: Iterable[LogSpan]) -> list[int]:
+    """Positions behind which the log is gone when these spans are: the lower edges of the holes."""
+    gone = {(s.start, s.end, s.anchor) for s in removed}
+    cuts: list[int] = []
+    end: int | None = None
+    for span in chain.spans:
+        if (span.start, span.end, span.anchor) in gone:
+            continue
+        if end is not None and span.start > end:
+            cuts.append(end)
+        end = max(end or 0, span.end)
+    if end is not None and end < chain.end:
+        cuts.append(end)
+    return cuts

@@ -180,7 +180,7 @@ class LogSink(Protocol):
         there. Raises StoreError."""
 
     def gap(self, reason: str) -> None:
-        """The window closes here; a new base is needed. Then `begin`, or an end."""
+        """The window closes here; a new base is needed. Then `begin`, or an end. Raises StoreError."""
 
 
 class Recorder(Protocol):

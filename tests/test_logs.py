@@ -297,6 +297,16 @@ def test_an_idle_source_gets_an_anchor_a_minute_and_one_at_the_end(engine: Engin
     assert len(keys(engine)) == 4
 
 
+def test_a_source_that_never_wrote_anything_has_anchors_too(engine: Engine) -> None:
+    sink = LogWriter(engine.repository, "db")
+    sink.begin(EPOCH, 100)
+    sink.anchor(at(7), 100)
+    sink.close()
+    (chain,) = chains(*engine.repository.logs("db"))
+    assert (chain.start, chain.end, chain.reach) == (100, 100, at(7))
+    assert list(read_logs(engine.repository, chain.spans)) == []
+
+
 def test_after_a_gap_nothing_comes_before_it_begins_anew(engine: Engine) -> None:
     told: list[str] = []
     sink = LogWriter(engine.repository, "db", on_begin=lambda: told.append("begun"))

@@ -15,14 +15,18 @@ from recording import RECORD, Account, AccountDriver, AccountRecorder
 
 from backupd import backup
 from backupd.backup import back_up
-from backupd.chain import chains, newest
+from backupd.chain import chains, need_of, newest
 from backupd.errors import Damaged, NoRecoveryPoint, UsageError
 from backupd.logs import LOG_FOLDER, LogWriter, compact_logs
-from backupd.model import Container, ContainerSpec, RunStatus, Silence
+from backupd.logs.piece import encode
+from backupd.model import Container, ContainerSpec, LogSpan, RunStatus, Silence
 from backupd.plan import LATEST, RestorePlan, plan_point, plan_restore
+from backupd.prune import PruneReport, prune
 from backupd.repository import Repository, log_key
 from backupd.restore import RestoreReport, Work, restore_to_directory, restore_to_sandbox
+from backupd.retention import Policy, needless
 from backupd.stores import MemoryStore
+from backupd.verify import verify
 
 SECOND = timedelta(seconds=1)
 
@@ -243,3 +247,185 @@ def test_whatever_happens_meanwhile_what_was_acknowledged_comes_back(monkeypatch
             except NoRecoveryPoint:
                 refused += 1
         assert refused < len(records)
+
+
+# --- keeping and removing ------------------------------------------------------------------------------
+
+DAY = timedelta(days=1)
+
+
+def days(protected: Protected, count: int) -> list[datetime]:
+    """A base a day, movements every few hours, all recorded; the instants of the bases."""
+    for _ in range(count):
+        for _ in range(4):
+            protected.account.move(protected.account.now + DAY / 4)
+            protected.record()
+        protected.base()
+        protected.record()
+    return [point.instant for point in protected.repository.points()]
+
+
+def prune_now(protected: Protected, **policy: Any) -> PruneReport:
+    return prune(
+        protected.repository,
+        {"acc": Policy(**policy)},
+        clock=lambda: protected.account.now,
+        progress=Silence(),
+    )
+
+
+def sound(protected: Protected) -> list[str]:
+    return verify(protected.repository, sources=None, data_percent=100, progress=Silence()).problems
+
+
+def test_every_instant_of_the_kept_window_stays_and_what_is_older_goes(protected: Protected) -> None:
+    bases = days(protected, 12)
+    newest_instant = protected.plan(LATEST).at
+    report = prune_now(protected, pitr=timedelta(days=7))
+    assert report.bytes_freed > 0
+    for hours in range(0, 7 * 24, 5):
+        at = newest_instant - timedelta(hours=hours)
+        assert protected.restored(at)[-1] == sum(
+            micros <= (at - datetime(1970, 1, 1, tzinfo=at.tzinfo)) // timedelta(microseconds=1)
+            for micros, _ in RECORD.iter_unpack(bytes(protected.account.log))
+        ) - 1  # fmt: skip
+    assert len(protected.repository.points()) < len(bases)
+    with pytest.raises(NoRecoveryPoint):
+        protected.plan(newest_instant - timedelta(days=9))
+    assert sound(protected) == []
+    assert prune_now(protected, pitr=timedelta(days=7)).objects_removed == 0
+
+
+def test_an_old_point_keeps_the_log_that_it_needs_and_no_more(protected: Protected) -> None:
+    days(protected, 12)
+    oldest = protected.repository.points()[0]
+    before = len(protected.repository.logs("acc")[0])
+    prune_now(protected, pitr=timedelta(days=3), daily=100)
+    spans, gaps = protected.repository.logs("acc")
+    assert len(spans) < before
+    assert gaps
+    assert oldest in protected.repository.points()
+    for point in protected.repository.points():
+        protected.restore(plan_point(point, chains(spans, gaps)))
+    assert sound(protected) == []
+    with pytest.raises(NoRecoveryPoint, match="hole"):
+        protected.plan(oldest.instant + timedelta(hours=8))
+    prune_now(protected, pitr=timedelta(days=3), last=1)
+    assert sound(protected) == []
+    assert len(protected.repository.logs("acc")[1]) < len(gaps)
+
+
+def test_without_pitr_the_log_stays_from_the_oldest_kept_point_on(protected: Protected) -> None:
+    days(protected, 6)
+    prune_now(protected, last=3)
+    first = protected.repository.points()[0].instant
+    for hours in range(0, 48, 5):
+        assert protected.restored(first + timedelta(hours=hours))
+    assert protected.repository.logs("acc")[0][0].start > 0
+
+
+def test_an_agent_that_stood_still_ages_nothing_out(protected: Protected) -> None:
+    days(protected, 5)
+    prune_now(protected, pitr=timedelta(days=7))
+    before = protected.repository.logs("acc")
+    protected.account.now += timedelta(days=300)
+    assert prune_now(protected, pitr=timedelta(days=7)).objects_removed == 0
+    assert protected.repository.logs("acc") == before
+
+
+def test_no_policy_no_point_and_a_dry_run_remove_nothing(protected: Protected) -> None:
+    days(protected, 5)
+    before = protected.repository.logs("acc")
+    prune_now(protected)
+    prune(protected.repository, {"acc": Policy(pitr=DAY)}, clock=lambda: protected.account.now, dry_run=True,
+          progress=Silence())  # fmt: skip
+    assert protected.repository.logs("acc") == before
+    assert needless([], Policy(pitr=DAY), chains(*before), now=protected.account.now + 100 * DAY) == []
+
+
+def test_a_prune_that_dies_at_any_step_breaks_no_point_and_looks_like_no_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backup, "_LOG_PATIENCE", 0.0)
+    for step in range(40):
+        made = Protected()
+        made.record()
+        days(made, 6)
+        store, left = made.repository.store, step
+        delete, put = store.delete, store.put
+
+        def dying(key: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            delete(key)  # noqa: B023
+
+        store.delete = dying  # type: ignore[method-assign]
+        ended = False
+        try:
+            prune_now(made, pitr=timedelta(days=2), daily=100, last=1)
+            ended = True
+        except KeyboardInterrupt:
+            pass
+        store.delete, store.put = delete, put  # type: ignore[method-assign]
+        assert sound(made) == []
+        if ended:
+            return
+    raise AssertionError("it never came to its end")
+
+
+# --- what verify finds ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_object_is_named_with_the_last_instant_before_it(protected: Protected) -> None:
+    spans = [s for s in protected.repository.logs("acc")[0] if s.start < s.end]
+    protected.repository.store.delete(log_key(spans[10]))
+    (problem,) = sound(protected)
+    assert f"missing from {spans[10].start:x} to {spans[10].end:x}" in problem
+    assert spans[9].anchor
+    assert f"{spans[9].anchor.at:%H:%M:%S}" in problem
+
+
+def test_a_point_whose_log_is_lost_is_named(protected: Protected) -> None:
+    (point,) = protected.repository.points()
+    need = need_of(point)
+    assert need
+    for span in protected.repository.logs("acc")[0]:
+        if span.start <= need.start < span.end:
+            protected.repository.store.delete(log_key(span))
+    assert any(point.id in problem and "cannot be restored" in problem for problem in sound(protected))
+
+
+def test_a_torn_object_is_named_with_the_last_instant_before_it(protected: Protected) -> None:
+    store = protected.repository.store
+    spans = [s for s in protected.repository.logs("acc")[0] if s.start < s.end]
+    store.put(log_key(spans[10]), store.get(log_key(spans[10]))[:-5], overwrite=True)
+    problems = verify(protected.repository, sources=None, progress=Silence()).problems
+    assert len(problems) == 1
+    assert log_key(spans[10]) in problems[0]
+    assert spans[9].anchor
+    assert f"{spans[9].anchor.at:%H:%M:%S}" in problems[0]
+
+
+def test_a_flipped_byte_is_found_when_data_is_read(protected: Protected) -> None:
+    store = protected.repository.store
+    key = log_key([s for s in protected.repository.logs("acc")[0] if s.start < s.end][7])
+    stored = store.get(key)
+    store.put(key, stored[:-6] + bytes([stored[-6] ^ 1]) + stored[-5:], overwrite=True)
+    assert verify(protected.repository, sources=None, progress=Silence()).problems == []
+    assert len(sound(protected)) == 1
+
+
+def test_doubled_objects_are_told_and_those_that_disagree_are_damage(protected: Protected) -> None:
+    spans = [s for s in protected.repository.logs("acc")[0] if s.start < s.end]
+    last, log = spans[-1], bytes(protected.account.log)
+    repository = protected.repository
+    for content, problems in ((log[spans[-3].start : last.end], 0), (bytes(last.end - spans[-4].start), 1)):
+        stored, size = encode(repository.codec, [content], [])
+        double = LogSpan("acc", last.epoch, last.end - size, last.end, None, len(stored))
+        repository.put_log(double, stored)
+        report = verify(repository, sources=None, progress=Silence())
+        assert "lie in others" in report.notes[0]
+        assert bool(report.problems) == bool(problems)
+    assert "hold different bytes" in report.problems[0]

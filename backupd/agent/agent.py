@@ -16,7 +16,17 @@ from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
-from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
+from backupd.model import (
+    Archive,
+    Clock,
+    Driver,
+    Problem,
+    Progress,
+    RecordingDriver,
+    RecoveryPoint,
+    Run,
+    RunStatus,
+)
 
 if TYPE_CHECKING:
     from backupd.agent.status import Protection
@@ -183,7 +193,14 @@ class Agent:
         self.select([source])
         with self._lock:
             if source not in self._drivers:
-                self._drivers[source] = make_driver(self.config.sources[source], self.engine)
+                config = self.config.sources[source]
+                driver = make_driver(config, self.engine)
+                if config.recorded_every is not None and not isinstance(driver, RecordingDriver):
+                    raise UsageError(
+                        f"the driver {driver.kind} cannot record the log of {source}",
+                        hint='take mode = "pitr" out of this source',
+                    )
+                self._drivers[source] = driver
             return self._drivers[source]
 
     def driver_for(self, point: RecoveryPoint) -> Driver:

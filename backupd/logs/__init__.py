@@ -1,5 +1,6 @@
 """The continuous side of a source: its log, stored piece by piece, put together, read back (FORMAT.md, Log)."""
 
+from backupd.logs import check
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
@@ -11,16 +12,18 @@ from backupd.logs.read import (
     wait_for_logs,
     write_logs,
 )
-from backupd.logs.writer import LogWriter, Recorded
+from backupd.logs.writer import LogWriter, Recorded, mark_gap
 
 __all__ = [
     "LOG_FOLDER",
     "Compaction",
     "LogWriter",
     "Recorded",
+    "check",
     "check_log",
     "check_logs",
     "compact_logs",
+    "mark_gap",
     "plan_compaction",
     "reached",
     "read_logs",

@@ -29,6 +29,13 @@ STEP = timedelta(seconds=1)
 """A clock that goes back by more was set: times before and after it cannot be told apart."""
 
 
+def mark_gap(repository: Repository, gap: LogGap, reason: str) -> None:
+    """For good: no restore goes across it. There may be a mark already."""
+    marker, _ = encode(repository.codec, [], (), gap=reason)
+    with contextlib.suppress(ObjectExists):
+        repository.put_log(gap, marker)
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """How far recording has come."""
@@ -73,7 +80,7 @@ class LogWriter:
         self._epoch = ""
         self._position = 0
         self._begun = False
-        self._fresh = True  # nothing stored since `begin` after a gap
+        self._fresh = False  # right behind a gap: nothing is stored yet of what follows
         self._newest: Anchor | None = None  # of this chain, stored or pending
         self._stored: Anchor | None = None  # of this chain
         self._pending: list[Anchor] = []
@@ -99,13 +106,13 @@ class LogWriter:
                 )
             if end is not None and position > end:
                 self._mark(epoch, end, f"the log goes on at {position:x} instead of {end:x}")
-            # What is stored next begins a chain of its own.
-            fresh = end is None or position > end or (epoch, position) in self._cuts
-            if fresh or not self._begun or epoch != self._epoch:
+            cut = position == end and (epoch, position) in self._cuts
+            anew = cut or end is None or position > end
+            if anew or not self._begun or epoch != self._epoch:
                 last = self._last.get(epoch)
-                anchor = Anchor(last.reach, position) if not fresh and last and last.reach else None
+                anchor = Anchor(last.reach, position) if not anew and last and last.reach else None
                 self._newest = self._stored = anchor
-                self._fresh, self._pending, self._attempt, self._before = fresh, [], None, None
+                self._fresh, self._pending, self._attempt, self._before = cut, [], None, None
             self._epoch, self._position, self._begun = epoch, position, True
             self._ends[epoch] = position
             self._tell(epoch=epoch, position=position)
@@ -212,9 +219,7 @@ class LogWriter:
     def _mark(self, epoch: str, position: int, reason: str) -> None:
         """The window closes at this position, for good."""
         log.warning("the window of %s closes: %s; a new base is needed", self._source, reason)
-        marker, _ = encode(self._repository.codec, [], (), gap=reason)
-        with contextlib.suppress(ObjectExists):
-            self._repository.put_log(LogGap(self._source, epoch, position), marker)
+        mark_gap(self._repository, LogGap(self._source, epoch, position), reason)
         self._cuts.add((epoch, position))
         self._tell(gap=reason)
 
