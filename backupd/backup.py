@@ -69,7 +69,7 @@ def back_up(
         # The context has ended well: what made the bytes has said that they are all there.
         if not allow_shrink:
             _check_size(source, written, latest.point if latest else None)
-        _wait_for_log(source, capture, repository, stop, progress)
+        late = _wait_for_log(source, capture, repository, stop, progress)
         point = _point(source, point_id, driver, capture, written, started, clock())
         _check_packs(repository, source, written)
         if lease is not None:
@@ -77,10 +77,11 @@ def back_up(
         repository.commit(
             Manifest(point, repository.codec.name, written.ordered, written.pages, written.packs)
         )
-    status = RunStatus.WARNED if point.warnings else RunStatus.OK
+    warnings = (*point.warnings, *late)
+    status = RunStatus.WARNED if warnings else RunStatus.OK
     return Run(
         id=os.urandom(6).hex(), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
-        point=point_id, size=point.size, stored=point.stored, warnings=point.warnings,
+        point=point_id, size=point.size, stored=point.stored, warnings=warnings,
     )  # fmt: skip
 
 
@@ -105,17 +106,18 @@ def _point(
 
 def _wait_for_log(
     source: str, capture: Capture, repository: Repository, stop: threading.Event, progress: Progress
-) -> None:
+) -> tuple[str, ...]:
     """A point that a log continues restores nothing before that log is stored up to its end. `serve` records it,
-    in this process or another; where none does, the point says so."""
+    in this process or another; where none does, the run is warned of it. Not the point: it may be whole soon."""
     need = need_in(capture.attributes)
     if need is None:
-        return
+        return ()
     progress.stage(f"{source}: waiting for its log")
-    if not wait_for_logs(repository, source, need, seconds=_LOG_PATIENCE, stop=stop):
-        capture.warnings.append(
-            f"its log is not stored up to {need.end:x} yet: it can be restored once `backupd serve` has recorded that"
-        )
+    if wait_for_logs(repository, source, need, seconds=_LOG_PATIENCE, stop=stop):
+        return ()
+    return (
+        f"its log is not stored up to {need.end:x} yet: it can be restored once `backupd serve` has recorded that",
+    )
 
 
 @contextlib.contextmanager

@@ -168,6 +168,12 @@ def windows(points: Iterable[RecoveryPoint], logs: Iterable[Chain] = ()) -> dict
     return {source: Window(source, tuple(r), tuple(w)) for source, (r, w) in found.items()}
 
 
+def first_of_all(found: Iterable[Window]) -> datetime | None:
+    """The first instant that all of them have."""
+    held = list(found)
+    return _nearest(max(w.first for w in held), held, Window.after)
+
+
 # --- the plan ---------------------------------------------------------------------------------------
 
 
@@ -249,10 +255,11 @@ def _unreachable(at: datetime, refused: list[Window], wanted: list[Window]) -> N
     said = "; ".join(f"{w.source} can be restored {_stretches(w, at)}" for w in refused)
     before, after = _nearest(at, wanted, Window.before), _nearest(at, wanted, Window.after)
     if all(at < w.first for w in refused):
-        earliest = after or max(w.first for w in wanted)
+        earliest = (
+            f"the earliest for all that was asked for is --at {format_instant(after)}" if after else _NONE
+        )
         return NoRecoveryPoint(
-            f"{format_instant(at)} is before the first recovery point: {said}",
-            hint=f"the earliest for all that was asked for is --at {format_instant(earliest)}",
+            f"{format_instant(at)} is before the first recovery point: {said}", hint=earliest
         )
     late = all(at > w.last for w in refused)
     where = "after the last instant that was recorded" if late else "where the log has a hole"
@@ -266,6 +273,7 @@ def _unreachable(at: datetime, refused: list[Window], wanted: list[Window]) -> N
 
 
 _SHOWN = 4
+_NONE = "there is no instant near it that all of them have; restore them one by one"
 
 
 def _stretches(window: Window, at: datetime) -> str:

@@ -10,7 +10,7 @@ from backupd.agent import expand
 from backupd.cli.options import Session, command
 from backupd.cli.output import age, note, plain, print_json, print_table, size
 from backupd.model import RecoveryPoint
-from backupd.plan import Window, format_instant, parse_at, windows
+from backupd.plan import Window, first_of_all, format_instant, parse_at, windows
 
 
 def points_of(session: Session, names: tuple[str, ...]) -> list[RecoveryPoint]:
@@ -74,11 +74,15 @@ def window_command(session: Session, names: tuple[str, ...]) -> int:
         return 0
     rows = [row for w in found.values() for row in _window_rows(w, now)]
     print_table(("SOURCE", "FROM", "TO", "NEWEST", "POINTS", "IN BETWEEN"), rows, right=(4,))
-    earliest = max(w.first for w in found.values())
     if any(w.bars for w in found.values()):
         _print_timeline(list(found.values()), now)
     if len(found) > 1:
-        print(f"all of them from {format_instant(earliest)}")
+        earliest = first_of_all(found.values())
+        print(
+            f"all of them from {format_instant(earliest)}"
+            if earliest
+            else "there is no instant that all of them have"
+        )
     return 0
 
 

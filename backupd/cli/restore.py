@@ -223,7 +223,7 @@ def _print_report(report: RestoreReport, session: Session) -> None:
 
 def _row(r: Restored) -> tuple[str, ...]:
     compared = f"{r.compared} facts equal" if r.compared else "every byte's digest"
-    if r.step.logs and not r.compared:
+    if r.step.logs and r.image and not r.compared:
         compared += ", log replayed"
     if r.differences:
         compared = f"{len(r.differences)} of {r.compared} DIFFER"
