@@ -168,13 +168,17 @@ def test_a_large_piece_is_read_in_parts(engine: Engine) -> None:
     assert read_back(engine.repository) == {0: content(0, end)}
 
 
-def test_the_log_comes_back_with_zstd_alone(tmp_path: Path) -> None:
+def test_the_log_comes_back_with_what_the_repository_tells_to_type(tmp_path: Path) -> None:
     engine = Engine(LocalStore(tmp_path / "repository", create=True))
-    write(engine, 1000, 2000, 9000)
-    objects = sorted((tmp_path / "repository/logs/db" / EPOCH).iterdir())
-    joined = b"".join(path.read_bytes() for path in objects)
-    done = subprocess.run(["zstd", "-dcq"], input=joined, capture_output=True, check=True)
-    assert done.stdout == content(0, 9000)
+    sink = write(engine, 1000, 2000)
+    sink.anchor(at(2500), 2000)
+    sink.close()
+    write(engine, 9000).gap("the end")
+    told = (tmp_path / "repository" / "RECOVER.md").read_text()
+    (command,) = (line for line in told.splitlines() if line.startswith("ls logs/"))
+    command = command.replace("SOURCE", "db").replace("EPOCH", EPOCH)
+    subprocess.run(["sh", "-ec", command], cwd=tmp_path / "repository", check=True)
+    assert (tmp_path / "repository" / "log").read_bytes() == content(0, 9000)
 
 
 def test_logs_of_format_1_are_read(tmp_path: Path) -> None:

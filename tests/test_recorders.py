@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +19,7 @@ import pytest
 from recording import Account, AccountDriver
 from test_logs import LossyStore
 
+from backupd.agent import Agent
 from backupd.agent.recording import RecorderState, Recordings, lag_limit
 from backupd.agent.serving import health_of, jobs_of
 from backupd.agent.status import protections
@@ -225,6 +232,14 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path, lines: str, message:
         parse(text, origin="x", base=tmp_path, env={})
 
 
+def test_how_far_back_every_instant_is_kept_is_part_of_the_retention(tmp_path: Path) -> None:
+    text = configured() + '[defaults]\nretention = { pitr = "7d", daily = 14 }\n'
+    config = parse(text, origin="x", base=tmp_path, env={})
+    assert config.policies["db"].pitr == timedelta(days=7)
+    with pytest.raises(ConfigInvalid, match="not a duration"):
+        parse(text.replace('"7d"', '"seven"'), origin="x", base=tmp_path, env={})
+
+
 def test_a_log_is_put_together_every_hour(tmp_path: Path) -> None:
     from backupd.agent import build
 
@@ -246,3 +261,51 @@ def test_status_tells_how_much_would_be_lost_now(tmp_path: Path) -> None:
         assert (db.rpo and db.rpo.total_seconds(), db.lagging) == (rpo, lagging)
         assert (other.rpo, other.lagging) == (None, False)
         assert db.good != lagging
+
+
+# --- the whole agent -----------------------------------------------------------------------------------------
+
+
+def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(tmp_path: Path) -> None:
+    """And a slot that was lost while it was not there leads to a new base at once."""
+    from backupd.agent import build
+    from backupd.agent.serving import serve
+    from backupd.plan import LATEST, plan_restore
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "backupd.toml").write_text(configured() + f'[serve]\nlisten = "127.0.0.1:{port}"\n')
+    account = Account(now=datetime.now(UTC))
+    for bases in (1, 2):
+        agent = build(load(tmp_path / "backupd.toml", {"BACKUPD_STATE": str(tmp_path / "state")}))
+        agent.ensure_repository()
+        agent._drivers["db"] = AccountDriver(account)
+        seen: list[object] = []
+
+        def user(agent: Agent = agent, bases: int = bases, seen: list[object] = seen) -> None:
+            try:
+                until(lambda: len(agent.repository().points("db")) == bases, 20)
+                account.move(datetime.now(UTC))
+                until(lambda: len(account.log) == reached(agent.repository()), 20)
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
+                    seen.append(json.load(answer)["recorders"]["db"]["state"])
+                account.move(datetime.now(UTC))
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        thread = threading.Thread(target=user)
+        thread.start()
+        assert serve(agent) == 0
+        thread.join()
+        assert seen == ["recording"]
+        repository = agent.repository()
+        assert reached(repository) == len(account.log)
+        plan = plan_restore(repository.points("db"), LATEST, ["db"], logs=chains(*repository.logs("db")))
+        assert plan.steps[0].logs[-1].end == len(account.log)
+        account.move(datetime.now(UTC))
+        account.kept = len(account.log)
+
+
+def reached(repository: Repository) -> int:
+    return max((span.end for span in repository.logs("db")[0]), default=0)

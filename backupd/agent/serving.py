@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from backupd.agent.recording import RecorderState, Recordings
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _COMPACT = "17 * * * *"
+_LATE = timedelta(days=1)  # a long base backup holds the lease that putting the log together needs
 
 PATIENCE = 300.0
 """Seconds that a job waits for a store that does not answer; a person at a terminal is told at once."""
@@ -117,7 +118,17 @@ def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
     for name, source in config.sources.items():
         if source.recorded_every is not None:
             when = Schedule.parse(_COMPACT, "UTC")
-            jobs.append(Job("compact", name, _compact_of(agent, name), when, lane="repository", eager=False))
+            jobs.append(
+                Job(
+                    "compact",
+                    name,
+                    _compact_of(agent, name),
+                    when,
+                    lane="repository",
+                    tolerance=_LATE,
+                    eager=False,
+                )
+            )
     settings, zone = config.serve, config.defaults.timezone
     if settings.prune_schedule and any(config.policies.values()):
         when = Schedule.parse(settings.prune_schedule, zone)
