@@ -12,7 +12,9 @@ from pathlib import Path
 
 from backupd.archive import ArchiveWriter, Written, write_archive
 from backupd.archive.patterns import escape
+from backupd.chain import need_in
 from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Locked, StoreError
+from backupd.logs import wait_for_logs
 from backupd.model import (
     Capture,
     Clock,
@@ -30,6 +32,8 @@ from backupd.repository import Manifest, Repository, new_point_id
 
 _SHRANK = 10
 """A source a tenth of what it was is more often the wrong place than a tidy one."""
+_LOG_PATIENCE = 60.0
+"""Seconds that a backup waits for the log that its point needs."""
 _MATTERS = 64 << 10
 """Bytes: what was smaller than this may shrink as it likes."""
 
@@ -65,6 +69,7 @@ def back_up(
         # The context has ended well: what made the bytes has said that they are all there.
         if not allow_shrink:
             _check_size(source, written, latest.point if latest else None)
+        late = _wait_for_log(source, capture, repository, stop, progress)
         point = _point(source, point_id, driver, capture, written, started, clock())
         _check_packs(repository, source, written)
         if lease is not None:
@@ -72,10 +77,11 @@ def back_up(
         repository.commit(
             Manifest(point, repository.codec.name, written.ordered, written.pages, written.packs)
         )
-    status = RunStatus.WARNED if point.warnings else RunStatus.OK
+    warnings = (*point.warnings, *late)
+    status = RunStatus.WARNED if warnings else RunStatus.OK
     return Run(
         id=os.urandom(6).hex(), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
-        point=point_id, size=point.size, stored=point.stored, warnings=point.warnings,
+        point=point_id, size=point.size, stored=point.stored, warnings=warnings,
     )  # fmt: skip
 
 
@@ -96,6 +102,22 @@ def _point(
         finished=finished, size=written.size, stored=written.stored, members=written.members,
         warnings=(*capture.warnings, *written.warnings), facts=dict(capture.facts), attributes=attributes,
     )  # fmt: skip
+
+
+def _wait_for_log(
+    source: str, capture: Capture, repository: Repository, stop: threading.Event, progress: Progress
+) -> tuple[str, ...]:
+    """A point that a log continues restores nothing before that log is stored up to its end. `serve` records it,
+    in this process or another; where none does, the run is warned of it. Not the point: it may be whole soon."""
+    need = need_in(capture.attributes)
+    if need is None:
+        return ()
+    progress.stage(f"{source}: waiting for its log")
+    if wait_for_logs(repository, source, need, seconds=_LOG_PATIENCE, stop=stop):
+        return ()
+    return (
+        f"its log is not stored up to {need.end:x} yet: it can be restored once `backupd serve` has recorded that",
+    )
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ Nothing here does anything. Times are aware datetimes in UTC; sizes are bytes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias
+from typing import BinaryIO, Protocol, TypeAlias, runtime_checkable
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Facts: TypeAlias = Mapping[str, Json]
@@ -121,6 +122,73 @@ class RecoveryPoint:
     facts: Facts = field(default_factory=dict)
     attributes: Mapping[str, Json] = field(default_factory=dict)
     """What a restore must know: server version, image, databases. Never a secret."""
+
+
+# --- the log of a continuous source ---------------------------------------------------------------------
+
+# Positions count bytes: a log's piece is as long as its positions say. A recovery point that a log continues has
+# the attributes "epoch", "start" and "end": a restore of it needs the log from `start` at least up to `end`, is
+# consistent there, and everything acknowledged before the point's instant lies at or before `end`.
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """All that was acknowledged before `at` lies at or before `position`."""
+
+    at: datetime
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogSpan:
+    """A stored piece of a source's log, [start, end) of an epoch. One with `start` = `end` only holds an anchor."""
+
+    source: str
+    epoch: str
+    """Positions of two epochs have nothing to do with each other. PostgreSQL: "<system identifier>-<timeline>";
+    Redis: the replication id. [A-Za-z0-9-]+"""
+    start: int
+    end: int
+    anchor: Anchor | None
+    """The newest that counts once this span is stored. Of a listing, its position is `end`: true, if less exact."""
+    size: int
+    """Bytes as stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogGap:
+    """No restore replays a log across this position: what followed was lost, or its times cannot be trusted."""
+
+    source: str
+    epoch: str
+    position: int
+
+
+class LogSink(Protocol):
+    """Where a recorder puts what it reads."""
+
+    def begin(self, epoch: str, position: int) -> None:
+        """What follows belongs to this epoch and begins there. Raises StoreError where more of it is stored
+        already: a log that was rewritten."""
+
+    def piece(self, start: int, end: int, data: bytes) -> None:
+        """Durable when it returns; only then may the source let it go. Each piece begins where the one before
+        ended; the same again is no mistake. Raises StoreError."""
+
+    def anchor(self, at: datetime, position: int) -> None:
+        """As `Anchor`: read the source's clock first, its position second. It counts once the log is stored up to
+        there. Raises StoreError."""
+
+    def gap(self, reason: str) -> None:
+        """The window closes here; a new base is needed. Then `begin`, or an end. Raises StoreError."""
+
+
+class Recorder(Protocol):
+    """The continuous side of a source."""
+
+    def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
+        """Pieces, anchors and gaps, from the end of `since` on, until stopped: then a last flush. Raises what
+        went wrong; it is called again after a while."""
 
 
 # --- what a driver captures ----------------------------------------------------------------------------
@@ -340,6 +408,25 @@ class Driver(Protocol):
         """Is the source reachable, readable, of a supported version? Touches nothing."""
 
 
+@runtime_checkable
+class RecordingDriver(Protocol):
+    """A power that some drivers have besides: the log between two recovery points."""
+
+    def recorder(self, *, interval: float) -> Recorder:
+        """`interval`: seconds after which what came is stored."""
+
+    def load_to(
+        self,
+        archive: Archive,
+        logs: Iterator[tuple[LogSpan, bytes]],
+        at: datetime | None,
+        container: Container,
+        **target: str,
+    ) -> None:
+        """As `load`, then replay the logs up to `at` (None: to their end). Pieces in order, each beginning where the
+        one before ended, the first at or before the point's `start`. `target` instead of `at`: lsn, xid or name."""
+
+
 # --- runs ----------------------------------------------------------------------------------------------
 
 
@@ -362,7 +449,7 @@ class Run:
 
     id: str
     job: str
-    """`backup`, `restore`, `prune`, `verify`."""
+    """`backup`, `compact`, `restore`, `prune`, `verify`."""
     source: str
     """Source or stack; empty for work on the whole repository."""
     status: RunStatus

@@ -1,4 +1,4 @@
-"""Which recovery point of each source reaches an instant, and how far from it each lands. Pure.
+"""Which recovery point of each source, and which of its log, reach an instant, and how far from it each lands. Pure.
 
 Never rounded in silence: an instant that cannot be reached is refused with what can be.
 """
@@ -6,12 +6,13 @@ Never rounded in silence: an instant that cannot be reached is refused with what
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
 
+from backupd.chain import Chain, chain_of, interval, logs_for, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
-from backupd.model import PointKind, RecoveryPoint
+from backupd.model import LogSpan, PointKind, RecoveryPoint
 
 LATEST = datetime.max.replace(tzinfo=UTC)
 """`--at latest`: the newest point there is, even one a server dated a second ahead of this clock."""
@@ -26,6 +27,12 @@ class Step:
     point: RecoveryPoint
     skew: timedelta
     """How much earlier than asked for it lands: what happened to the source in between is lost."""
+    logs: tuple[LogSpan, ...] = ()
+    """To be replayed on top: each begins where, or before, the one before ended."""
+    landing: datetime | None = None
+    """Where the log brings it; None: at the point's own instant."""
+    whole: bool = False
+    """The log is replayed to its very end, behind the last instant that is known of it."""
 
     @property
     def source(self) -> str:
@@ -33,7 +40,17 @@ class Step:
 
     @property
     def lands_at(self) -> datetime:
-        return self.point.instant
+        return self.landing or self.point.instant
+
+    @property
+    def replay_to(self) -> datetime | None:
+        """None: to the end of `logs`."""
+        return None if self.whole else self.lands_at
+
+    @property
+    def log_stored(self) -> int:
+        """Bytes to be read for the log."""
+        return sum(span.size for span in self.logs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +77,104 @@ class RestorePlan:
         return max(step.lands_at for step in self.steps) - self.effective
 
 
+# --- what can be restored ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The instants that one point restores: its own, or from there as far as its log goes on."""
+
+    point: RecoveryPoint
+    chain: Chain | None
+    first: datetime
+    last: datetime
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The instants a source can be restored to: separate points for dumps and snapshots."""
+    """The instants a source can be restored to: separate points for dumps and snapshots, bars where a log is
+    continuous."""
 
     source: str
-    points: tuple[RecoveryPoint, ...]
-    """Sorted by instant; never empty."""
+    reaches: tuple[Reach, ...]
+    """Sorted by instant."""
+    waiting: tuple[RecoveryPoint, ...] = ()
+    """Points that cannot be restored: the log that they need is not there, or not yet."""
+
+    @property
+    def points(self) -> tuple[RecoveryPoint, ...]:
+        """Sorted by instant."""
+        return tuple(reach.point for reach in self.reaches)
 
     @property
     def first(self) -> datetime:
-        return self.points[0].instant
+        return self.reaches[0].first
 
     @property
     def last(self) -> datetime:
-        return self.points[-1].instant
+        return max(reach.last for reach in self.reaches)
+
+    @property
+    def bars(self) -> tuple[tuple[datetime, datetime], ...]:
+        """Where every instant can be had: the union of what the points with a log reach."""
+        found: list[tuple[datetime, datetime]] = []
+        for reach in self.reaches:
+            if reach.chain is None:
+                continue
+            if found and reach.first <= found[-1][1]:
+                found[-1] = found[-1][0], max(found[-1][1], reach.last)
+            else:
+                found.append((reach.first, reach.last))
+        return tuple(found)
+
+    def at(self, instant: datetime) -> Reach | None:
+        """What restores this instant: the newest point whose log holds it, or the newest dump before it. None
+        where a log ends before it: an older dump would lose what nobody said may be lost."""
+        if instant == LATEST:
+            return max(self.reaches, key=lambda reach: (reach.last, reach.first), default=None)
+        before = [reach for reach in self.reaches if reach.first <= instant]
+        held = [reach for reach in before if instant <= reach.last]
+        if held:
+            return held[-1]
+        return before[-1] if before and before[-1].chain is None else None
+
+    def before(self, instant: datetime) -> datetime | None:
+        """The last instant, not after this one, that can be asked for."""
+        if self.at(instant) is not None:
+            return instant
+        return max((reach.last for reach in self.reaches if reach.last <= instant), default=None)
+
+    def after(self, instant: datetime) -> datetime | None:
+        """The first instant, not before this one, that can be asked for."""
+        if self.at(instant) is not None:
+            return instant
+        return min((reach.first for reach in self.reaches if reach.first >= instant), default=None)
 
 
-def windows(points: Iterable[RecoveryPoint]) -> dict[str, Window]:
-    """The window of each source that has a point."""
-    by_source: dict[str, list[RecoveryPoint]] = {}
-    for p in points:
-        if p.kind is PointKind.FULL:
-            by_source.setdefault(p.source, []).append(p)
-    return {
-        source: Window(source, tuple(sorted(group, key=lambda p: (p.instant, p.id))))
-        for source, group in sorted(by_source.items())
-    }
+def windows(points: Iterable[RecoveryPoint], logs: Iterable[Chain] = ()) -> dict[str, Window]:
+    """The window of each source that has a point that can be restored, or could be with its log."""
+    held = list(logs)
+    found: dict[str, tuple[list[Reach], list[RecoveryPoint]]] = {}
+    for point in sorted(points, key=lambda p: (p.source, p.instant, p.id)):
+        if point.kind is not PointKind.FULL:
+            continue
+        reaches, waiting = found.setdefault(point.source, ([], []))
+        if need_of(point) is None:
+            reaches.append(Reach(point, None, point.instant, point.instant))
+        elif (chain := chain_of(point, held)) is not None:
+            reaches.append(Reach(point, chain, *interval(point, chain)))
+        else:
+            waiting.append(point)
+    return {source: Window(source, tuple(r), tuple(w)) for source, (r, w) in found.items()}
+
+
+def first_of_all(found: Iterable[Window]) -> datetime | None:
+    """The first instant that all of them have."""
+    held = list(found)
+    return _nearest(max(w.first for w in held), held, Window.after)
+
+
+# --- the plan ---------------------------------------------------------------------------------------
 
 
 def plan_restore(
@@ -94,37 +182,50 @@ def plan_restore(
     at: datetime,
     sources: Sequence[str],
     *,
+    logs: Iterable[Chain] = (),
     max_skew: timedelta | None = None,
 ) -> RestorePlan:
-    """For each source its newest point at or before `at`.
+    """For each source its newest point at or before `at`; where a log continues it, that brings it to `at`.
 
-    Raises UsageError where nothing is asked for, NoRecoveryPoint where a source has no point so early (the
-    message says from when to when it has some) or lands more than `max_skew` before `at`.
+    Raises UsageError where nothing is asked for, NoRecoveryPoint where a source has no point so early, where its
+    log ends before `at` or has a hole there (the message says from when to when it can be had), or where it lands
+    more than `max_skew` before `at`.
     """
     if not sources:
         raise UsageError(
             "there is nothing to restore", hint="name a source or a stack; `backupd list` shows them"
         )
-    known = windows(points)
+    known = windows(points, logs)
     wanted = list(dict.fromkeys(sources))
     _refuse_unknown(known, wanted)
-    chosen: dict[str, RecoveryPoint] = {}
-    for source in wanted:
-        reached = [p for p in known[source].points if p.instant <= at]
-        if reached:
-            chosen[source] = reached[-1]
-    if len(chosen) < len(wanted):
-        raise _too_early(at, [known[s] for s in wanted if s not in chosen], [known[s] for s in wanted])
-    asked = at if at != LATEST else max(p.instant for p in chosen.values())
-    plan = RestorePlan(asked, tuple(Step(p, asked - p.instant) for p in chosen.values()))
+    chosen = {source: known[source].at(at) for source in wanted}
+    if refused := [known[source] for source, reach in chosen.items() if reach is None]:
+        raise _unreachable(at, refused, [known[source] for source in wanted])
+    reaches = [reach for reach in chosen.values() if reach is not None]
+    asked = at if at != LATEST else max(reach.last for reach in reaches)
+    plan = RestorePlan(asked, tuple(_step(reach, at, asked) for reach in reaches))
     if max_skew is not None:
         _refuse_skew(plan, max_skew)
     return plan
 
 
-def plan_point(point: RecoveryPoint) -> RestorePlan:
-    """The plan that restores one point as it is."""
-    return RestorePlan(point.instant, (Step(point, timedelta(0)),))
+def _step(reach: Reach, at: datetime, asked: datetime) -> Step:
+    need = need_of(reach.point)
+    if reach.chain is None or need is None:
+        return Step(reach.point, asked - reach.first)
+    landing = min(at, reach.last)
+    return Step(reach.point, asked - landing, logs_for(reach.chain, need, at), landing, whole=at == LATEST)
+
+
+def plan_point(point: RecoveryPoint, logs: Iterable[Chain] = ()) -> RestorePlan:
+    """The plan that restores one point as it is. Raises NoRecoveryPoint where the log that it needs is not there."""
+    need, chain = need_of(point), chain_of(point, logs)
+    if need is None:
+        return RestorePlan(point.instant, (Step(point, timedelta(0)),))
+    if chain is None:
+        raise _without_log([point])
+    spans = logs_for(chain, need, point.instant)
+    return RestorePlan(point.instant, (Step(point, timedelta(0), spans, point.instant),))
 
 
 def _refuse_unknown(known: dict[str, Window], wanted: list[str]) -> None:
@@ -135,17 +236,68 @@ def _refuse_unknown(known: dict[str, Window], wanted: list[str]) -> None:
             f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no recovery point",
             hint=f"`backupd backup {' '.join(without)}` makes one; {have}",
         )
+    unrestorable = [
+        point for source in wanted if not known[source].reaches for point in known[source].waiting
+    ]
+    if unrestorable:
+        raise _without_log(unrestorable)
 
 
-def _too_early(at: datetime, late: list[Window], wanted: list[Window]) -> NoRecoveryPoint:
-    said = "; ".join(
-        f"{w.source} can be restored from {format_instant(w.first)} to {format_instant(w.last)}" for w in late
-    )
-    earliest = max(w.first for w in wanted)
+def _without_log(points: Sequence[RecoveryPoint]) -> NoRecoveryPoint:
+    names = " and ".join(dict.fromkeys(point.source for point in points))
     return NoRecoveryPoint(
-        f"{format_instant(at)} is before the first recovery point: {said}",
-        hint=f"the earliest for all that was asked for is --at {format_instant(earliest)}",
+        f"no point of {names} can be restored: the log that it needs is not there, or not yet",
+        hint="is `backupd serve` at work? it records the log; `backupd verify` names what is missing",
     )
+
+
+def _unreachable(at: datetime, refused: list[Window], wanted: list[Window]) -> NoRecoveryPoint:
+    said = "; ".join(f"{w.source} can be restored {_stretches(w, at)}" for w in refused)
+    before, after = _nearest(at, wanted, Window.before), _nearest(at, wanted, Window.after)
+    if all(at < w.first for w in refused):
+        earliest = (
+            f"the earliest for all that was asked for is --at {format_instant(after)}" if after else _NONE
+        )
+        return NoRecoveryPoint(
+            f"{format_instant(at)} is before the first recovery point: {said}", hint=earliest
+        )
+    late = all(at > w.last for w in refused)
+    where = "after the last instant that was recorded" if late else "where the log has a hole"
+    near = [f"--at {format_instant(t)} {word}" for t, word in ((before, "before"), (after, "after")) if t]
+    return NoRecoveryPoint(
+        f"{format_instant(at)} is {where}: {said}",
+        hint=f"the nearest that can be had: {', '.join(near)}"
+        if near
+        else "no instant holds for all of them",
+    )
+
+
+_SHOWN = 4
+_NONE = "there is no instant near it that all of them have; restore them one by one"
+
+
+def _stretches(window: Window, at: datetime) -> str:
+    """From when to when, of a window with many holes those nearest to `at`."""
+    if not window.bars or any(reach.chain is None for reach in window.reaches):
+        return f"from {format_instant(window.first)} to {format_instant(window.last)}"
+    near = sorted(window.bars, key=lambda bar: min(abs(bar[0] - at), abs(bar[1] - at)))[:_SHOWN]
+    return ", ".join(f"from {format_instant(a)} to {format_instant(b)}" for a, b in sorted(near))
+
+
+def _nearest(
+    at: datetime, wanted: list[Window], move: Callable[[Window, datetime], datetime | None]
+) -> datetime | None:
+    """The nearest instant that all of them have, in one direction."""
+    while True:
+        moved = at
+        for window in wanted:
+            found = move(window, moved)
+            if found is None:
+                return None
+            moved = found
+        if moved == at:
+            return at
+        at = moved
 
 
 def _refuse_skew(plan: RestorePlan, max_skew: timedelta) -> None:

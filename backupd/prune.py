@@ -7,21 +7,26 @@ point with too few. What is damaged stops it before anything went.
 Packs that were repacked go when that was a day ago: a restore that read the manifest before may still need them.
 Packs of runs that were interrupted go when they are older than a day: a backup uses such packs only while they are
 much younger. What is not named as ours is never read and never touched.
+
+Of a log goes what neither a kept point nor the window needs (`retention.needless`). Where that leaves a hole, a mark
+says so: a hole without one is a loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from backupd.archive.compact import compact
 from backupd.archive.repack import Choice, choose
 from backupd.archive.usage import Usage, measure
+from backupd.chain import chains, cuts_left_by
 from backupd.errors import Damaged, NoRecoveryPoint, StoreError
-from backupd.model import Clock, Lease, ObjectInfo, Progress
+from backupd.logs import mark_gap
+from backupd.model import Clock, Lease, LogGap, LogSpan, ObjectInfo, Progress
 from backupd.repository import Manifest, Repository
-from backupd.retention import Policy, Verdict, decide
+from backupd.retention import Policy, Verdict, decide, needless
 
 GRACE = timedelta(days=1)
 """Age at which a pack that no manifest names is an interrupted run's and not one of a run at work; and how long one
@@ -44,6 +49,8 @@ class PrunePlan:
     """To write anew, largest gain first. Without these, in the next plan they are waiting."""
     bytes_rewritten: int = 0
     """To write for that: an estimate."""
+    logs: tuple[LogSpan, ...] = ()
+    """That neither a kept point nor the window would need."""
 
     @property
     def packs_to_delete(self) -> int:
@@ -51,7 +58,7 @@ class PrunePlan:
 
     @property
     def bytes_freed(self) -> int:
-        return sum(size for _, _, size in self.packs)
+        return sum(size for _, _, size in self.packs) + sum(span.size for span in self.logs)
 
 
 @dataclass(slots=True)
@@ -70,6 +77,18 @@ class PruneReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LogsPlan:
+    """What is to be done about one source's log."""
+
+    remove: tuple[LogSpan, ...] = ()
+    """Lowest first."""
+    cuts: tuple[LogGap, ...] = ()
+    """Marks that say of each hole this makes that it is none that happened."""
+    marks: tuple[LogGap, ...] = ()
+    """Old ones, with nothing before them any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class _SourcePlan:
     """What is to be done for one source, and what carrying it out must know."""
 
@@ -81,6 +100,7 @@ class _SourcePlan:
     waiting: list[Pack]
     usage: Usage | None
     choice: Choice
+    logs: LogsPlan
 
     @property
     def repack(self) -> list[Pack]:
@@ -111,6 +131,7 @@ def plan_prune(
         tuple(pack for plan in plans for pack in plan.waiting),
         tuple(pack for plan in plans for pack in plan.repack),
         sum(plan.choice.rewritten for plan in plans),
+        tuple(span for plan in plans for span in plan.logs.remove),
     )
 
 
@@ -147,6 +168,8 @@ def _plan_source(
 ) -> _SourcePlan:
     # Packs are listed before manifests: a pack that comes between the two listings is not in ours.
     objects = dict(repository.packs(source))
+    spans, gaps = repository.logs(source)
+    found = chains(spans, gaps)
     try:
         manifests = repository.manifests(source)
     except Damaged as error:
@@ -154,7 +177,7 @@ def _plan_source(
             f"nothing of {source} is pruned: {error.message}",
             hint="which packs that point needs is unknown; mend or remove the manifest by hand first",
         ) from None
-    verdicts = decide([manifest.point for manifest in manifests], policy, now=now)
+    verdicts = decide([manifest.point for manifest in manifests], policy, now=now, logs=found)
     _refuse_everything(source, verdicts)
     keep = {verdict.point.id for verdict in verdicts if verdict.keep}
     kept = [manifest for manifest in manifests if manifest.point.id in keep]
@@ -167,7 +190,28 @@ def _plan_source(
             raise _refused(source, error) from None
         freed = sum(size for _, _, size in packs)
         choice = choose(usage.uses, usage.index, freed=freed, max_unused=max_unused)
-    return _SourcePlan(source, verdicts, kept, objects, packs, waiting, usage, choice)
+    remove = needless([manifest.point for manifest in kept], policy, found, now=now)
+    logs = plan_logs(spans, gaps, remove)
+    return _SourcePlan(source, verdicts, kept, objects, packs, waiting, usage, choice, logs)
+
+
+def plan_logs(spans: Sequence[LogSpan], gaps: Sequence[LogGap], remove: Sequence[LogSpan]) -> LogsPlan:
+    """Removing these spans, with the marks that tell the holes they leave from losses."""
+    if not remove:
+        return LogsPlan()
+    gone = set(remove)
+    left = {(span.epoch, span.end) for span in spans if span not in gone}
+    cuts = [
+        LogGap(chain.source, chain.epoch, position)
+        for chain in chains(spans, gaps)
+        for position in cuts_left_by(chain, remove)
+    ]
+    new = [cut for cut in cuts if cut not in gaps]
+    return LogsPlan(
+        tuple(sorted(remove, key=lambda s: (s.epoch, s.start, s.end))),
+        tuple(new),
+        tuple(gap for gap in gaps if (gap.epoch, gap.position) not in left),
+    )
 
 
 def _refused(source: str, error: Damaged) -> Damaged:
@@ -238,9 +282,25 @@ def _carry_out(
         report.objects_removed += 1
         report.bytes_freed += size
         progress.advance(size, 1)
+    _remove_logs(repository, plan.logs, lease, report, progress)
     report.bytes_waiting += sum(size for _, _, size in plan.waiting)
     if full is not None:
         raise full
+
+
+def _remove_logs(
+    repository: Repository, logs: LogsPlan, lease: Lease, report: PruneReport, progress: Progress
+) -> None:
+    """A mark before the hole that it explains; what is left of a hole begun explains itself."""
+    for cut in logs.cuts:
+        mark_gap(repository, cut, "pruned")
+    for span in logs.remove:
+        repository.remove_log(span, lease)
+        report.objects_removed += 1
+        report.bytes_freed += span.size
+        progress.advance(span.size, 1)
+    for mark in logs.marks:
+        repository.remove_log(mark, lease)
 
 
 def _repack(

@@ -6,6 +6,7 @@ Layout (FORMAT.md has every byte):
     RECOVER.md, recover.py                           how to get everything back without backupd
     packs/<source>/<point-id>/<nnnn>.zst             rows of frames, each with its directory at its end
     points/<source>/<start-utc>-<point-id>.json.zst  manifests: stored last, the only commit
+    logs/<source>/<epoch>/<start>-<end>-<anchor>.zst pieces of a continuous source's log; <anchor> `gap`: a cut
     leases/<name>.json                               who may delete
 """
 
@@ -22,14 +23,29 @@ from typing import Any
 
 from backupd.codec import Codec, codec_named
 from backupd.errors import Damaged, NoRecoveryPoint, ObjectMissing, RepositoryMissing, UsageError
-from backupd.model import Bytes, Clock, Lease, ObjectInfo, PointKind, RecoveryPoint, Store
+from backupd.model import (
+    Anchor,
+    Bytes,
+    Clock,
+    Lease,
+    LogGap,
+    LogSpan,
+    ObjectInfo,
+    PointKind,
+    RecoveryPoint,
+    Store,
+)
 
 FORMAT = 1
 HEAD_KEY = "backupd-repository.json"
 _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _POINT_KEY = re.compile(r"points/([^/]+)/(\d{8}T\d{6}Z)-([0-9a-f]{12})\.json\.zst")
 _PACK_KEY = re.compile(r"packs/([^/]+)/([0-9a-f]{12}/\d{4,})\.zst")
+_LOG_KEY = re.compile(
+    r"logs/([^/]+)/([A-Za-z0-9-]+)/([0-9a-f]{16})-([0-9a-f]{16})-(\d{8}T\d{6}\.\d{6}Z|none|gap)\.zst"
+)
 _STAMP = "%Y%m%dT%H%M%SZ"
+_ANCHOR = "%Y%m%dT%H%M%S.%fZ"
 # A manifest is JSON of at most some hundred MB; its frame says its size, and we refuse to believe more.
 _LARGEST_MANIFEST = 1 << 30
 
@@ -265,6 +281,32 @@ class Repository:
         lease.check()
         self.store.delete(pack_key(source, name))
 
+    # --- logs -----------------------------------------------------------------------------------------
+
+    def put_log(self, span: LogSpan | LogGap, data: Bytes) -> None:
+        """Raises ObjectExists where there is one of the same positions and anchor."""
+        self.store.put(log_key(span), data)
+
+    def logs(self, source: str) -> tuple[list[LogSpan], list[LogGap]]:
+        """Everything of a source's log, by a listing alone; sorted by epoch, then start."""
+        spans: list[LogSpan] = []
+        gaps: list[LogGap] = []
+        for info in self.store.list(f"logs/{check_source(source)}/"):
+            found = _parse_log_key(info)
+            if isinstance(found, LogSpan):
+                spans.append(found)
+            elif found is not None:
+                gaps.append(found)
+        return spans, gaps
+
+    def read_log(self, span: LogSpan | LogGap, *, length: int | None = None) -> bytes:
+        """The first `length` bytes as stored, or all. Raises ObjectMissing: compaction or prune may have been by."""
+        return self.store.get(log_key(span), length=length)
+
+    def remove_log(self, span: LogSpan | LogGap, lease: Lease) -> None:
+        lease.check()
+        self.store.delete(log_key(span))
+
     # --- leases -----------------------------------------------------------------------------------------
 
     def lease(self, source: str) -> AbstractContextManager[Lease]:
@@ -289,6 +331,37 @@ def point_key(point: RecoveryPoint) -> str:
 
 def pack_key(source: str, name: str) -> str:
     return f"packs/{check_source(source)}/{name}.zst"
+
+
+def log_key(log: LogSpan | LogGap) -> str:
+    """Raises UsageError where the epoch cannot be part of a key."""
+    if isinstance(log, LogGap):
+        start = end = log.position
+        anchor = "gap"
+    else:
+        start, end = log.start, log.end
+        anchor = log.anchor.at.astimezone(UTC).strftime(_ANCHOR) if log.anchor else "none"
+    key = f"logs/{check_source(log.source)}/{log.epoch}/{start:016x}-{end:016x}-{anchor}.zst"
+    if start > end or not _LOG_KEY.fullmatch(key):
+        raise UsageError(f"{key} cannot be the key of a log", hint="epochs are letters, digits and dashes")
+    return key
+
+
+def _parse_log_key(info: ObjectInfo) -> LogSpan | LogGap | None:
+    """None for what is not ours."""
+    match = _LOG_KEY.fullmatch(info.key)
+    if match is None:
+        return None
+    source, epoch, start, end, text = match[1], match[2], int(match[3], 16), int(match[4], 16), match[5]
+    if text == "gap":
+        return LogGap(source, epoch, start)
+    anchor = None
+    if text != "none":
+        try:
+            anchor = Anchor(datetime.strptime(text, _ANCHOR).replace(tzinfo=UTC), end)
+        except ValueError:
+            return None
+    return LogSpan(source, epoch, start, end, anchor, info.size) if start <= end else None
 
 
 def _parse_point_key(key: str) -> tuple[str, str, str]:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from backupd.archive import open_archive
+from backupd.chain import need_of
 from backupd.codec import ZstdCodec
 from backupd.errors import BackupdError, Interrupted, RestoreFailed, UsageError
 from backupd.log import carry
+from backupd.logs import LOG_FOLDER, check_logs, read_logs, write_logs
 from backupd.model import (
     Archive,
     Clock,
@@ -29,8 +31,10 @@ from backupd.model import (
     Driver,
     Facts,
     Json,
+    LogSpan,
     Member,
     Progress,
+    RecordingDriver,
     RecoveryPoint,
     Sandbox,
     Silence,
@@ -100,6 +104,8 @@ class Work:
     clock: Clock
     watch: Watch = lambda _step: Silence()
     stop: threading.Event = field(default_factory=threading.Event)
+    target: Mapping[str, str] = field(default_factory=dict)
+    """Where the replay of a log ends instead of at an instant: lsn, xid or name. For one source alone."""
 
     def check(self) -> None:
         """Raises Interrupted when told to stop."""
@@ -202,23 +208,34 @@ def _load(
         work.check()
     progress.stage("loading")
     told = _Told(archive, progress, work)
-    driver.load(told, container)
+    if need_of(step.point) is None:
+        driver.load(told, container)
+    else:
+        _load_to(step, driver, told, container, work)
     work.check()
     if spec.load_while == "stopped" and spec.service:
         _start(container, spec, ready, progress)
     progress.stage("comparing")
-    compared, differences = _compare_with_capture(step.point, driver, container)
+    # What was measured at capture holds for that instant alone.
+    as_captured = step.lands_at == step.point.instant and not step.whole and not work.target
+    compared, differences = _compare_with_capture(step.point, driver, container) if as_captured else (0, ())
     address = container.address(spec.port) if spec.port and container.running else None
     return Restored(
-        step,
-        container.name,
-        time.monotonic() - begun,
-        compared,
-        differences,
-        address,
-        container.image,
+        step, container.name, time.monotonic() - begun, compared, differences, address, container.image,
         tuple(told.warnings),
-    )
+    )  # fmt: skip
+
+
+def _load_to(step: Step, driver: Driver, told: _Told, container: Container, work: Work) -> None:
+    """The point, and its log replayed on top."""
+    if not isinstance(driver, RecordingDriver):
+        raise RestoreFailed(
+            f"the driver {driver.kind} cannot replay the log that {step.point.id} of {step.source} needs",
+            hint="restore it with the backupd that recorded it, or a newer one",
+        )
+    logs = told.count_log(read_logs(work.repository, step.logs))
+    at = None if work.target else step.replay_to
+    driver.load_to(told, logs, at, container, **work.target)
 
 
 def _start(container: Container, spec: ContainerSpec, ready: Ready, progress: Progress) -> None:
@@ -272,7 +289,14 @@ def _into_directory(step: Step, into: Path, work: Work) -> Restored:
         ) from None
     try:
         progress.stage("writing files")
-        warnings = _Told(archive, progress, work).extract(partial)
+        told = _Told(archive, progress, work)
+        warnings = told.extract(partial)
+        if step.logs:
+            progress.stage("writing the log")
+            written = write_logs(told.count_log(read_logs(work.repository, step.logs)), partial / LOG_FOLDER)
+            warnings.append(
+                f"these files are whole only once the log in {LOG_FOLDER}/{written} was replayed on them"
+            )
         work.check()
         if into.exists():
             into.rmdir()  # empty, as was checked; refuses when it no longer is
@@ -339,13 +363,20 @@ def export_to_file(archive: Archive, target: Path, progress: Progress) -> None:
 
 
 def _open(step: Step, work: Work) -> Archive:
-    """A point without a member restores nothing, and to say that it succeeded would be a lie."""
+    """A point without a member restores nothing, and to say that it succeeded would be a lie. A log that is damaged
+    is told before anything begins."""
     work.check()
+    if work.target and (len(work.target) > 1 or need_of(step.point) is None):
+        raise UsageError(
+            f"{step.source} cannot be restored to {', '.join(work.target)}",
+            hint='one target at a time, and of a source whose log is recorded (mode = "pitr")',
+        )
     if step.point.members == 0:
         raise RestoreFailed(
             f"the recovery point {step.point.id} of {step.source} holds nothing",
             hint=f"choose another: backupd list {step.source}",
         )
+    check_logs(work.repository, step.logs)
     return open_archive(work.repository, step.point)
 
 
@@ -417,6 +448,12 @@ class _Told:
         self.warnings += self._archive.extract(into)
         self._progress.advance(self.point.size, self.point.members)
         return self.warnings
+
+    def count_log(self, pieces: Iterator[tuple[LogSpan, bytes]]) -> Iterator[tuple[LogSpan, bytes]]:
+        for piece in pieces:
+            self._work.check()
+            self._progress.advance(len(piece[1]))
+            yield piece
 
     def _count(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:

@@ -2,7 +2,9 @@
 
 Structure: every manifest, every pack it names, their directories, every index page, and that each member's content
 lies in a blob that exists. Data: frames of whole packs are decoded and every blob compared with its digest, in
-parallel and in bounded memory. Nothing stops at the first damage: the report names each, and the points that need it.
+parallel and in bounded memory. Logs: every object's header and length, holes, points without the log they need; where
+objects hold the same, whether they agree. Nothing stops at the first damage: the report names each, and the points
+that need it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from backupd.archive.earlier import load_directory, read_page
 from backupd.archive.pack import Directory
 from backupd.archive.page import CONTENT, MODE, NAME, SIZE, extra_of, is_file
 from backupd.archive.parallel import Span, in_order, read_frames, spans
-from backupd.errors import BackupdError, Damaged, StoreError
-from backupd.model import Progress
-from backupd.repository import Manifest, PackRef, PageRef, Repository
+from backupd.chain import Chain, chains
+from backupd.errors import BackupdError, Damaged, ObjectMissing, StoreError
+from backupd.logs import check, check_log, read_span
+from backupd.model import LogSpan, Progress, RecoveryPoint
+from backupd.repository import Manifest, PackRef, PageRef, Repository, log_key
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,6 +40,8 @@ class VerifyReport:
     objects: int = 0
     bytes_read: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is not as it will be, and no damage."""
 
 
 def verify(
@@ -91,6 +97,7 @@ class _Source:
             count = max(1, round(len(sound) * data_percent / 100)) if sound else 0
             chosen = [packs[name] for name in self._choose(sound, count)]
             self._each(self._spans(chosen), self._check_span)
+        self._check_log([manifest.point for manifest in manifests], data_percent)
 
     def _each(self, items: Iterable[T], check: Callable[[T], object]) -> None:
         deque(in_order(items, self._guard(check)), maxlen=0)
@@ -172,6 +179,56 @@ class _Source:
         except Damaged as error:
             raise _Finding(error.message, span.pack) from None
         self._count(span.length, objects=0)
+
+    # --- the log ------------------------------------------------------------------------------------------
+
+    def _check_log(self, points: Sequence[RecoveryPoint], data_percent: float) -> None:
+        """Listed after the manifests were: what they need was stored before them."""
+        spans, gaps = self._repository.logs(self._source)
+        found = chains(spans, gaps)
+        for problem in (*check.missing(found, gaps), *check.unreachable(points, found)):
+            self._problem(problem)
+        pieces = [(chain, span) for chain in found for span in chain.spans]
+        self._each(pieces, lambda piece: self._check_piece(*piece))
+        pairs = [pair for chain in found for pair in check.overlaps(chain)]
+        if pairs:
+            self._report.notes.append(
+                f"{self._source}: {len(pairs)} log objects lie in others; compaction removes them"
+            )
+        self._each(pairs, lambda pair: self._check_pair(*pair))
+        if data_percent > 0 and pieces:
+            names = [str(number) for number in range(len(pieces))]
+            count = max(1, round(len(names) * data_percent / 100))
+            chosen = [pieces[int(name)] for name in self._choose(names, count)]
+            self._each(chosen, lambda piece: self._check_content(*piece))
+
+    def _check_piece(self, chain: Chain, span: LogSpan) -> None:
+        try:
+            header = check_log(self._repository, span)
+        except Damaged as error:
+            raise _Finding(f"{error.message}; {check.last_before(chain, span)}", "") from None
+        except ObjectMissing:
+            return self._put_together(chain, span)
+        return self._count(header.length)
+
+    def _put_together(self, chain: Chain, span: LogSpan) -> None:
+        """Gone since it was listed: compaction has another object in its place, prune none any more."""
+        now = chains(*self._repository.logs(self._source))
+        if not any(c.epoch == chain.epoch and c.start <= span.start and span.end <= c.end for c in now):
+            self._report.notes.append(f"{self._source}: {log_key(span)} was removed while it was verified")
+
+    def _check_pair(self, one: LogSpan, other: LogSpan) -> None:
+        if differ := check.agree(self._repository, one, other):
+            raise _Finding(differ, "")
+
+    def _check_content(self, chain: Chain, span: LogSpan) -> None:
+        try:
+            deque(read_span(self._repository, span), maxlen=0)
+        except ObjectMissing:
+            return
+        except Damaged as error:
+            raise _Finding(f"{error.message}; {check.last_before(chain, span)}", "") from None
+        self._count(span.size, objects=0)
 
     # --- telling ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupd.chain import chains, cover, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
-from backupd.model import PointKind, RecoveryPoint
+from backupd.model import Anchor, Json, LogGap, LogSpan, PointKind, RecoveryPoint
 from backupd.plan import LATEST, format_instant, parse_at, plan_point, plan_restore, windows
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -222,3 +224,141 @@ def test_no_text_breaks_the_reader(text: str) -> None:
         assert parse_at(text, now=NOW, timezone=BERLIN).tzinfo is UTC
     except UsageError as error:
         assert error.hint
+
+
+# --- sources with a log ------------------------------------------------------------------------------
+
+
+def based(source: str, instant: datetime, start: int, end: int, epoch: str = "e") -> RecoveryPoint:
+    attributes: dict[str, Json] = {"epoch": epoch, "start": start, "end": end}
+    return replace(point(source, instant), attributes=attributes)
+
+
+def span(start: int, end: int, until: datetime | None, epoch: str = "e", source: str = "a") -> LogSpan:
+    return LogSpan(source, epoch, start, end, Anchor(until, end) if until else None, 1)
+
+
+def test_a_log_brings_its_base_to_the_very_instant() -> None:
+    logs = chains([span(0, 10, at(1)), span(10, 20, at(3)), span(20, 30, at(5))])
+    plan = plan_restore([based("a", at(1), 2, 8), point("b", at(2))], at(2), ["a", "b"], logs=logs)
+    a, b = plan.steps
+    assert (a.lands_at, a.replay_to, a.skew) == (at(2), at(2), timedelta(0))
+    assert [s.start for s in a.logs] == [0, 10]
+    assert (b.lands_at, b.logs, plan.spread) == (at(2), (), timedelta(0))
+
+
+def test_a_little_more_of_the_log_is_replayed_from_than_the_anchors_ask_for() -> None:
+    """A commit takes its time before it is written: it may lie behind the anchor."""
+    logs = chains([span(0, 10, at(1)), span(10, 20, at(3)), span(20, 30, at(3, 0, 1)), span(30, 40, at(5))])
+    plan = plan_restore([based("a", at(1), 0, 10)], at(3), ["a"], logs=logs)
+    assert [s.end for s in plan.steps[0].logs] == [10, 20, 30]
+
+
+def test_a_window_is_cut_at_holes_gaps_and_epochs() -> None:
+    spans = [
+        span(0, 10, at(1)),
+        span(10, 20, at(2)),
+        span(20, 30, at(4)),
+        span(50, 60, at(8)),
+        span(0, 9, at(11), "f"),
+    ]
+    points = [
+        based("a", at(1), 0, 10),
+        based("a", at(3), 20, 25),
+        based("a", at(7), 50, 55),
+        based("a", at(10), 1, 9, "f"),
+    ]
+    found = windows(points, chains(spans, [LogGap("a", "e", 20)]))["a"]
+    assert found.bars == ((at(1), at(2)), (at(3), at(4)), (at(7), at(8)), (at(10), at(11)))
+    for hour in (2, 3, 4, 7, 8, 10, 11):
+        assert found.at(at(hour))
+    for hour in (0, 5, 6, 9, 12):
+        assert found.at(at(hour)) is None
+    assert (found.before(at(6)), found.after(at(6)), found.after(at(12))) == (at(4), at(7), None)
+
+
+def test_bars_of_bases_that_share_a_log_are_one() -> None:
+    logs = chains([span(0, 10, at(1)), span(10, 30, at(9))])
+    points = [based("a", at(1), 0, 5), based("a", at(5), 12, 20)]
+    assert windows(points, logs)["a"].bars == ((at(1), at(9)),)
+    assert plan_restore(points, at(4), ["a"], logs=logs).steps[0].point is points[0]
+    assert plan_restore(points, at(6), ["a"], logs=logs).steps[0].point is points[1]
+
+
+def test_behind_the_end_of_a_log_no_older_dump_is_taken_instead() -> None:
+    """It would lose hours that nobody said may be lost."""
+    points = [point("a", at(1)), based("a", at(3), 0, 5)]
+    logs = chains([span(0, 10, at(4))])
+    assert plan_restore(points, at(2), ["a"], logs=logs).steps[0].lands_at == at(1)
+    with pytest.raises(NoRecoveryPoint, match="after the last instant"):
+        plan_restore(points, at(5), ["a"], logs=logs)
+    assert plan_restore([*points, point("a", at(5))], at(6), ["a"], logs=logs).steps[0].lands_at == at(5)
+
+
+def test_a_hole_of_one_source_is_refused_with_instants_that_hold_for_all() -> None:
+    spans = [
+        span(0, 10, at(4)),
+        span(20, 30, at(9)),
+        span(0, 10, at(3), source="b"),
+        span(20, 30, at(12), source="b"),
+    ]
+    points = [
+        based("a", at(1), 0, 5),
+        based("a", at(8), 20, 25),
+        based("b", at(1), 0, 5),
+        based("b", at(6), 20, 25),
+    ]
+    with pytest.raises(NoRecoveryPoint, match="hole") as raised:
+        plan_restore(points, at(5), ["a", "b"], logs=chains(spans))
+    assert "--at 2026-11-22T03:00:00Z before, --at 2026-11-22T08:00:00Z after" in raised.value.hint
+
+
+spans = st.builds(
+    lambda start, length, hour: span(start, start + length, at(hour)),
+    st.integers(0, 40), st.integers(0, 15), st.integers(0, 23),
+)  # fmt: skip
+
+
+@given(st.lists(spans, max_size=25), st.sets(st.integers(0, 50), max_size=3))
+def test_chains_hold_every_span_once_and_a_cover_has_no_hole(held: list[LogSpan], cuts: set[int]) -> None:
+    """Whatever overlaps or lies in one another; and no two chains of an epoch touch but at a cut."""
+    found = chains(held, [LogGap("a", "e", cut) for cut in cuts])
+    assert sorted(s.start for c in found for s in c.spans) == sorted(s.start for s in held)
+    for one, other in itertools.pairwise(found):
+        assert one.end < other.start or (one.end == other.start and one.end in cuts)
+    for chain in found:
+        position = chain.start
+        for piece in cover(chain.spans, chain.start):
+            assert piece.start <= position < piece.end
+            position = piece.end
+        assert position == chain.end
+
+
+@given(
+    st.lists(spans, max_size=15),
+    st.lists(st.builds(lambda hour, start, length: based("a", at(hour), start, start + length),
+                       st.integers(0, 23), st.integers(0, 40), st.integers(0, 9)), min_size=1, max_size=5),
+    st.integers(0, 23),
+)  # fmt: skip
+def test_a_plan_with_a_log_lands_on_the_instant_or_is_refused(
+    held: list[LogSpan], bases: list[RecoveryPoint], hour: int
+) -> None:
+    """Never earlier, never with a hole in what is replayed; and what a refusal names is not refused."""
+    logs = chains(held)
+    window = windows(bases, logs)["a"]
+    try:
+        plan = plan_restore(bases, at(hour), ["a"], logs=logs)
+    except NoRecoveryPoint:
+        assert window.at(at(hour)) is None
+        for nearest in (window.before(at(hour)), window.after(at(hour))):
+            assert nearest is None or plan_restore(bases, nearest, ["a"], logs=logs).at == nearest
+        return
+    (step,) = plan.steps
+    need = need_of(step.point)
+    assert need
+    assert step.lands_at == at(hour) >= step.point.instant
+    position = need.start
+    for piece in step.logs:
+        assert piece.start <= position <= piece.end
+        position = piece.end
+    assert position >= need.end

@@ -38,6 +38,7 @@ policies = st.builds(
     Policy,
     **{rule: st.integers(-1, 5) for rule in ("last", "hourly", "daily", "weekly", "monthly", "yearly")},
     within=st.timedeltas(min_value=timedelta(0), max_value=timedelta(days=60)),
+    pitr=st.timedeltas(min_value=timedelta(0), max_value=timedelta(days=60)),
     timezone=st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu", "Pacific/Apia"]),
 )
 instants = st.datetimes(datetime(2020, 1, 1), datetime(2028, 1, 1), timezones=st.just(UTC))

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
-from backupd.model import Archive, Clock, Driver, Problem, Progress, RecoveryPoint, Run, RunStatus
+from backupd.model import (
+    Archive,
+    Clock,
+    Driver,
+    Problem,
+    Progress,
+    RecordingDriver,
+    RecoveryPoint,
+    Run,
+    RunStatus,
+)
 
 if TYPE_CHECKING:
     from backupd.agent.status import Protection
     from backupd.catalog import Catalog
+    from backupd.chain import Chain
     from backupd.plan import RestorePlan, Step
     from backupd.prune import PruneReport
     from backupd.repository import Repository
@@ -182,16 +193,29 @@ class Agent:
         self.select([source])
         with self._lock:
             if source not in self._drivers:
-                self._drivers[source] = make_driver(self.config.sources[source], self.engine)
+                config = self.config.sources[source]
+                driver = make_driver(config, self.engine)
+                if config.recorded_every is not None and not isinstance(driver, RecordingDriver):
+                    raise UsageError(
+                        f"the driver {driver.kind} cannot record the log of {source}",
+                        hint='take mode = "pitr" out of this source',
+                    )
+                self._drivers[source] = driver
             return self._drivers[source]
 
     def driver_for(self, point: RecoveryPoint) -> Driver:
         """The driver that restores a point, also of a source that is configured no more, or on a machine that
         knows nothing but the repository."""
+        from backupd.chain import need_of
         from backupd.drivers import make_driver
 
         configured = self.config.sources.get(point.source)
-        if configured is not None and getattr(configured, "driver", "") == point.driver:
+        recorded = need_of(point) is not None
+        if (
+            configured is not None
+            and getattr(configured, "driver", "") == point.driver
+            and (configured.recorded_every is not None) == recorded
+        ):
             return self.driver(point.source)
         model = SOURCES.get(point.driver)
         if model is None:
@@ -200,7 +224,8 @@ class Agent:
                 hint="install it, or restore the files alone: --to dir:PATH",
             )
         # The place it was captured from is not known here, and a restore into a fresh home does not need it.
-        return make_driver(model(name=point.source), self.engine)
+        settings: dict[str, Any] = {"mode": "pitr"} if recorded else {}
+        return make_driver(model(name=point.source, **settings), self.engine)
 
     # --- names -----------------------------------------------------------------------------------------
 
@@ -264,7 +289,7 @@ class Agent:
                 raise UsageError(
                     f"the point {found.id} is one of {found.source}", hint="leave the name out, or correct it"
                 )
-            return plan_point(found)
+            return plan_point(found, self.chains([found]))
         points = repository.points()
         with_points = list(dict.fromkeys(p.source for p in points))
         known = list(dict.fromkeys([*self.config.sources, *with_points]))
@@ -273,7 +298,16 @@ class Agent:
             raise NoRecoveryPoint(
                 "the repository holds no recovery point", hint="`backupd backup` makes some"
             )
-        return plan_restore(points, at, wanted, max_skew=max_skew)
+        logs = self.chains(point for point in points if point.source in wanted)
+        return plan_restore(points, at, wanted, logs=logs, max_skew=max_skew)
+
+    def chains(self, points: Iterable[RecoveryPoint]) -> list[Chain]:
+        """The logs that continue these points; nothing is listed for those that stand alone."""
+        from backupd.chain import chains, need_of
+
+        repository = self.repository()
+        recorded = dict.fromkeys(point.source for point in points if need_of(point))
+        return [chain for source in recorded for chain in chains(*repository.logs(source))]
 
     def expected(self, plan: RestorePlan) -> timedelta | None:
         """How long a restore of the plan will take, by the last good one of the same sources here, longer as
@@ -287,17 +321,18 @@ class Agent:
         return (last.finished - last.started) * max(1.0, plan.size / max(1, last.size))
 
     def restore(
-        self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False
-    ) -> RestoreReport:
-        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. Raises UsageError,
-        RestoreFailed, Damaged."""
+        self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False,
+        target: Mapping[str, str] | None = None,
+    ) -> RestoreReport:  # fmt: skip
+        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. `target`: where the log's replay
+        ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
         kind, _, place = to.partition(":")
         if (kind, bool(place)) not in {("sandbox", False), ("dir", True), ("container", True)}:
             raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
         reports: list[RestoreReport] = []
 
         def work() -> Run:
-            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep)
+            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep, target=target or {})
             reports.append(report)
             told = [f"{source}: {len(lines)} facts differ" for source, lines in report.differences.items()]
             status = RunStatus.FAILED if told else RunStatus.OK
@@ -309,12 +344,12 @@ class Agent:
 
     def _restore(
         self, plan: RestorePlan, kind: str, place: str, *, name: str, watch: Callable[[Step], Progress],
-        keep: bool,
+        keep: bool, target: Mapping[str, str],
     ) -> RestoreReport:  # fmt: skip
         from backupd import restore
         from backupd.sandbox.docker import DockerSandbox
 
-        work = restore.Work(self.repository(), self.clock, watch, self.stop)
+        work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
         if kind == "dir":
             return restore.restore_to_directory(plan, Path(place), work)
         if kind == "container":
@@ -386,13 +421,15 @@ class Agent:
     def status(self) -> list[Protection]:
         """How well each configured source is protected, as of now."""
         from backupd.agent.status import protections
+        from backupd.logs import reached
 
         self.catalog.abandon_stale(self.clock())
         repository = self.repository()
         # A key begins with the time: one manifest of each source is read, not all that there are.
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
-        return protections(self.config, newest, self.catalog, self.clock())
+        recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
+        return protections(self.config, newest, self.catalog, self.clock(), reached(repository, recorded))
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""
@@ -401,7 +438,8 @@ class Agent:
 
         repository = self.repository()
         if point in self.config.sources or point in repository.sources():
-            newest = plan_restore(repository.points(point), LATEST, [point])
+            points = repository.points(point)
+            newest = plan_restore(points, LATEST, [point], logs=self.chains(points))
             return open_archive(repository, newest.steps[0].point)
         return open_archive(repository, repository.find(point))
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from backupd.agent.recording import RecorderState, Recordings
+from backupd.chain import chains, needs_base
 from backupd.config import SourceConfig
 from backupd.errors import BackupdError, Damaged, Interrupted, UsageError
-from backupd.model import RecoveryPoint, Run, RunStatus, Silence
+from backupd.logs import compact_logs
+from backupd.model import Json, RecoveryPoint, Run, RunStatus, Silence
 from backupd.prune import prune
-from backupd.scheduler import Job, Schedule, Scheduler, run_until_stopped
+from backupd.scheduler import Health, Job, Schedule, Scheduler, Work, run_until_stopped
 from backupd.web import Answer, StatusServer
 
 if TYPE_CHECKING:
@@ -20,13 +23,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_COMPACT = "17 * * * *"
+_LATE = timedelta(days=1)  # a long base backup holds the lease that putting the log together needs
+
 PATIENCE = 300.0
 """Seconds that a job waits for a store that does not answer; a person at a terminal is told at once."""
 
 
 def serve(agent: Agent) -> int:
     """Run the jobs until a signal says stop; the exit code. Raises UsageError where nothing is scheduled."""
-    jobs = jobs_of(agent)
+    recorded = {
+        name: every for name, s in agent.config.sources.items() if (every := s.recorded_every) is not None
+    }
+    recordings = Recordings(
+        recorded, driver=agent.driver, repository=agent.repository_to_fill, clock=agent.clock,
+        on_begin=lambda *stretch: _back_up_new_stretch(agent, scheduler, *stretch),
+    )  # fmt: skip
+    jobs = jobs_of(agent, recordings)
     if not any(job.name == "backup" for job in jobs):
         raise UsageError(
             f"{agent.config.origin} schedules no backup",
@@ -39,8 +52,7 @@ def serve(agent: Agent) -> int:
     scheduler = Scheduler(jobs, agent.catalog, clock=agent.clock, parallel=settings.jobs)
 
     def healthz() -> Answer:
-        health = scheduler.health()
-        return health.healthy, health.json()
+        return health_of(scheduler.health(), recordings.states())
 
     def livez() -> Answer:
         health = scheduler.health()
@@ -49,16 +61,74 @@ def serve(agent: Agent) -> int:
     pages: dict[str, Callable[[], Answer]] = {
         "healthz": healthz,
         "livez": livez,
-        "status": lambda: (True, scheduler.status()),
+        "status": lambda: (True, {**scheduler.status(), **_recorders(recordings.states())}),
     }
     web = StatusServer(settings.address, pages)
-    return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web])
+    return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
 
 
-def jobs_of(agent: Agent) -> list[Job]:
-    """Each source that has a schedule; then prune and verify of the repository, one at a time."""
+def health_of(health: Health, states: Sequence[RecorderState]) -> Answer:
+    """The health of the jobs and of the recorders, as one document."""
+    if not states:
+        return health.healthy, health.json()
+    lagging = [state for state in states if state.lagging]
+    problems: list[Json] = [*health.problems]
+    for state in lagging:
+        message = state.error or "the log is not stored as it should be"
+        problems.append({"job": "record", "source": state.source, "problem": "lagging", "message": message,
+                         "since": state.since.isoformat()})  # fmt: skip
+    document: dict[str, Json] = {**health.json(), **_recorders(states), "problems": problems}
+    if lagging and health.status != "stopping":
+        document["status"] = "failing"
+    return health.healthy and not lagging, document
+
+
+def _recorders(states: Sequence[RecorderState]) -> dict[str, Json]:
+    return {"recorders": {state.source: state.json() for state in states}} if states else {}
+
+
+def _back_up_new_stretch(agent: Agent, scheduler: Scheduler, source: str, epoch: str, position: int) -> None:
+    """A stretch of log that continues no recovery point restores nothing: a base is made at once. The very first one
+    is due anyway."""
+    try:
+        if agent.catalog.last_ok("backup", source) is None:
+            return
+        repository = agent.repository()
+        found = chains(*repository.logs(source))
+        if not needs_base(repository.points(source), found, epoch, position):
+            return
+    except BackupdError as error:
+        log.warning("%s: whether its log continues a recovery point is not known: %s", source, error)
+        return
+    if any(job.key == ("backup", source) for job in scheduler.jobs) and not scheduler.is_busy(
+        "backup", source
+    ):
+        log.info("%s: a new base is made, its log continues none", source)
+        scheduler.run_now("backup", source)
+
+
+def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
+    """Each source that has a schedule; then the logs, prune and verify of the repository, one at a time."""
     config = agent.config
-    jobs = [_backup_job(agent, name, source) for name, source in config.sources.items() if source.schedule]
+    jobs = [
+        _backup_job(agent, name, source, recordings)
+        for name, source in config.sources.items()
+        if source.schedule
+    ]
+    for name, source in config.sources.items():
+        if source.recorded_every is not None:
+            when = Schedule.parse(_COMPACT, "UTC")
+            jobs.append(
+                Job(
+                    "compact",
+                    name,
+                    _compact_of(agent, name),
+                    when,
+                    lane="repository",
+                    tolerance=_LATE,
+                    eager=False,
+                )
+            )
     settings, zone = config.serve, config.defaults.timezone
     if settings.prune_schedule and any(config.policies.values()):
         when = Schedule.parse(settings.prune_schedule, zone)
@@ -73,8 +143,10 @@ def jobs_of(agent: Agent) -> list[Job]:
     return jobs
 
 
-def _backup_job(agent: Agent, name: str, source: SourceConfig) -> Job:
+def _backup_job(agent: Agent, name: str, source: SourceConfig, recordings: Recordings | None) -> Job:
     def work(stop: threading.Event, due: datetime | None) -> Run:
+        if recordings is not None:
+            recordings.wait_begun(name, stop)
         return agent.back_up(name, Silence(), due=due, stop=stop)
 
     return Job(
@@ -85,7 +157,8 @@ def _backup_job(agent: Agent, name: str, source: SourceConfig) -> Job:
 class _Stoppable:
     """A Progress that ends the work it is told of once the agent is told to stop.
 
-    Prune and verify may be left at any step, as when they are killed: what is half removed is no point any more.
+    Compaction, prune and verify may be left at any step, as when they are killed: what is half removed is no point
+    any more.
     """
 
     def __init__(self, stop: threading.Event) -> None:
@@ -97,6 +170,15 @@ class _Stoppable:
     def advance(self, size: int = 0, members: int = 0) -> None:  # noqa: ARG002 -- named by the seam
         if self._stop.is_set():
             raise Interrupted("told to stop", hint="it is done again at its next time")
+
+
+def _compact_of(agent: Agent, source: str) -> Work:
+    def work(stop: threading.Event, _due: datetime | None) -> Run:
+        started = agent.clock()
+        compact_logs(agent.repository(), source, progress=_Stoppable(stop))
+        return Run("", "compact", source, RunStatus.OK, started, agent.clock())
+
+    return work
 
 
 def _prune(agent: Agent, stop: threading.Event) -> Run:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
 
+from backupd.agent.recording import lag_limit
 from backupd.catalog import GOOD, Catalog
 from backupd.config import Config
 from backupd.model import RecoveryPoint, Run, RunStatus
 from backupd.scheduler import Schedule, overdue
+
+NOTHING: Mapping[str, datetime] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +30,24 @@ class Protection:
     overdue: datetime | None
     """The due time that should have led to a good run by now."""
     next: datetime | None
+    rpo: timedelta | None = None
+    """Of a source whose log is recorded: how much would be lost now, all that came after its newest stored anchor."""
+    lagging: bool = False
+    """The log should be recorded, and is not, or not as it should."""
 
     @property
     def good(self) -> bool:
-        return self.point is not None and not self.failing and self.overdue is None
+        return self.point is not None and not self.failing and self.overdue is None and not self.lagging
 
 
 def protections(
-    config: Config, points: Iterable[RecoveryPoint], catalog: Catalog, now: datetime
+    config: Config,
+    points: Iterable[RecoveryPoint],
+    catalog: Catalog,
+    now: datetime,
+    reached: Mapping[str, datetime] = NOTHING,
 ) -> list[Protection]:
-    """One for each configured source; `points` has the newest of each."""
+    """One for each configured source; `points` has the newest of each, `reached` the newest anchor of each log."""
     newest = {p.source: p for p in points}
     found = []
     for name, source in config.sources.items():
@@ -44,6 +56,9 @@ def protections(
         point = newest.get(name)
         schedule = Schedule.parse(source.schedule, source.timezone or "UTC") if source.schedule else None
         good = max((t for t in (last_ok and last_ok.started, point and point.started) if t), default=None)
+        rpo = now - reached[name] if name in reached else None
+        every = source.recorded_every
+        late = every is not None and (rpo is None or rpo > lag_limit(every))
         found.append(
             Protection(
                 source=name,
@@ -54,6 +69,8 @@ def protections(
                 failing=last is not None and last.status not in (*GOOD, RunStatus.RUNNING),
                 overdue=overdue(schedule, good, now) if schedule else None,
                 next=schedule.next_fire(now) if schedule else None,
+                rpo=rpo,
+                lagging=late,
             )
         )
     return found

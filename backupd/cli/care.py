@@ -78,6 +78,8 @@ def verify_command(session: Session, names: tuple[str, ...], data: str) -> int:
     else:
         for problem in report.problems:
             print(printable(f"DAMAGED: {problem}"))
+        for line in report.notes:
+            print(printable(f"note: {line}"))
         read = f"{report.points} points, {report.objects} objects, {size(report.bytes_read)} read"
         print(f"{read}: {'all well' if not report.problems else f'{len(report.problems)} problems'}")
     return Damaged.exit_code if report.problems else 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import click
 
 from backupd.agent import expand
 from backupd.cli.options import Session, command
-from backupd.cli.output import age, plain, print_json, print_table, size
+from backupd.cli.output import age, note, plain, print_json, print_table, size
 from backupd.model import RecoveryPoint
-from backupd.plan import format_instant, parse_at, windows
+from backupd.plan import Window, first_of_all, format_instant, parse_at, windows
 
 
 def points_of(session: Session, names: tuple[str, ...]) -> list[RecoveryPoint]:
@@ -52,24 +54,82 @@ def list_command(session: Session, names: tuple[str, ...], at: str | None) -> in
 @command("window", short_help="From when to when each source can be restored.")
 @click.argument("names", nargs=-1, metavar="[SOURCE|STACK]...")
 def window_command(session: Session, names: tuple[str, ...]) -> int:
-    """From when to when each source can be restored, and to how many separate instants in between."""
-    found = windows(points_of(session, names))
+    """From when to when each source can be restored: to separate instants, or to every instant where its log is
+    recorded."""
+    points = points_of(session, names)
+    every = windows(points, session.agent.chains(points))
+    found = {source: w for source, w in every.items() if w.reaches}
     if session.json:
-        print_json({s: {"first": w.first, "last": w.last, "points": len(w.points)} for s, w in found.items()})
+        print_json({source: _window_json(w) for source, w in found.items()})
         return 0
     now = session.agent.clock()
+    for source, w in every.items():
+        if w.waiting:
+            note(
+                session,
+                f"{source}: {len(w.waiting)} points lack the log that they need; `backupd verify` tells more",
+            )
     if not found:
         print("no recovery points")
         return 0
-    print_table(
-        ("SOURCE", "FROM", "TO", "NEWEST", "POINTS"),
-        [
-            (w.source, format_instant(w.first), format_instant(w.last), age(w.last, now), str(len(w.points)))
-            for w in found.values()
-        ],
-        right=(4,),
-    )
-    earliest = max(w.first for w in found.values())
+    rows = [row for w in found.values() for row in _window_rows(w, now)]
+    print_table(("SOURCE", "FROM", "TO", "NEWEST", "POINTS", "IN BETWEEN"), rows, right=(4,))
+    if any(w.bars for w in found.values()):
+        _print_timeline(list(found.values()), now)
     if len(found) > 1:
-        print(f"all of them from {format_instant(earliest)}")
+        earliest = first_of_all(found.values())
+        print(
+            f"all of them from {format_instant(earliest)}"
+            if earliest
+            else "there is no instant that all of them have"
+        )
     return 0
+
+
+def _window_json(w: Window) -> dict[str, object]:
+    bars = [{"first": first, "last": last} for first, last in w.bars]
+    return {
+        "first": w.first,
+        "last": w.last,
+        "points": len(w.points),
+        **({"continuous": bars} if bars else {}),
+    }
+
+
+def _window_rows(w: Window, now: datetime) -> list[tuple[str, ...]]:
+    """One, or one for each stretch without a hole."""
+    separate = [r.point for r in w.reaches if r.chain is None]
+    rows = []
+    if separate:
+        first, last = separate[0].instant, separate[-1].instant
+        rows.append((first, last, len(separate), "these instants"))
+    for first, last in w.bars:
+        held = sum(first <= r.first <= last and r.chain is not None for r in w.reaches)
+        rows.append((first, last, held, "every instant"))
+    return [
+        (w.source, format_instant(first), format_instant(last), age(last, now), str(count), how)
+        for first, last, count, how in sorted(rows)
+    ]
+
+
+_WIDTH = 60
+
+
+def _print_timeline(found: list[Window], now: datetime) -> None:
+    """A picture: `#` every instant, `|` a point, `.` nothing."""
+    begin = min(w.first for w in found)
+    span = max((now - begin).total_seconds(), 1.0)
+    width = max(len(w.source) for w in found)
+
+    def place(at: datetime) -> int:
+        return min(_WIDTH - 1, max(0, int((at - begin).total_seconds() / span * _WIDTH)))
+
+    for w in found:
+        line = ["."] * _WIDTH
+        for reach in w.reaches:
+            if reach.chain is None:
+                line[place(reach.first)] = "|"
+        for first, last in w.bars:
+            line[place(first) : place(last) + 1] = "#" * (place(last) + 1 - place(first))
+        print(f"{w.source.ljust(width)}  {''.join(line)}")
+    print(f"{' ' * width}  {format_instant(begin)[:19]}{'now'.rjust(_WIDTH - 19)}")

@@ -13,7 +13,7 @@ from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
-from backupd.plan import LATEST, RestorePlan, format_instant, parse_at
+from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 
 _SHOWN = 20  # warnings a source; --json has them all
@@ -66,14 +66,16 @@ def _skew(text: str | None) -> timedelta | None:
 
 
 def _print_plan(plan: RestorePlan, session: Session) -> None:
+    with_log = any(s.logs for s in plan.steps)
     print_table(
-        ("SOURCE", "POINT", "LANDS AT", "EARLIER BY", "SIZE"),
+        ("SOURCE", "POINT", "LANDS AT", "EARLIER BY", "SIZE", *(["LOG TO REPLAY"] if with_log else [])),
         [
-            (s.source, s.point.id, format_instant(s.lands_at), format_duration(s.skew), size(s.point.size))
+            (s.source, s.point.id, format_instant(s.lands_at), format_duration(s.skew), size(s.point.size),
+             *([_log(s)] if with_log else []))
             for s in plan.steps
         ],
-        right=(3, 4),
-    )
+        right=(3, 4, 5),
+    )  # fmt: skip
     if len(plan.steps) > 1:
         apart = format_duration(plan.spread)
         note(session, f"{size(plan.size)} in all; the sources land {apart} apart, the first at "
@@ -86,10 +88,19 @@ def _print_plan(plan: RestorePlan, session: Session) -> None:
             note(session, f"{step.source}: captured with a warning: {warning}")
 
 
+def _log(step: Step) -> str:
+    if not step.logs:
+        return ""
+    replayed = step.logs[-1].end - step.logs[0].start
+    objects = f"{len(step.logs)} object{'s' * (len(step.logs) > 1)}"
+    return f"{size(replayed)} in {objects}, {size(step.log_stored)} stored"
+
+
 def _plan_json(plan: RestorePlan) -> dict[str, object]:
     steps = [
         {"source": s.source, "point": s.point.id, "driver": s.point.driver, "lands_at": s.lands_at,
-         "skew": s.skew, "size": s.point.size, "warnings": s.point.warnings}
+         "skew": s.skew, "size": s.point.size, "warnings": s.point.warnings,
+         **({"replay_to": s.replay_to, "logs": s.logs, "log_stored": s.log_stored} if s.logs else {})}
         for s in plan.steps
     ]  # fmt: skip
     return {
@@ -123,6 +134,9 @@ def plan_command(
     metavar="sandbox|dir:PATH|container:NAME",
     help="Fresh containers on a private network; files; or one fresh container.",
 )
+@click.option("--target-lsn", metavar="LSN", help="Replay the log up to this position instead.")
+@click.option("--target-xid", metavar="XID", help="Replay the log up to this transaction instead.")
+@click.option("--target-name", metavar="NAME", help="Replay the log up to this restore point instead.")
 @click.option("--name", metavar="N", help="Of the sandbox; else made of the time.")
 @click.option("--keep", is_flag=True, help="Leave what a failed restore made, to look into it.")  # fmt: skip
 def restore_command(
@@ -134,19 +148,28 @@ def restore_command(
     to: str,
     name: str | None,
     keep: bool,
+    **targets: str | None,
 ) -> int:
     """Bring sources and stacks back as they were at T; everything that has a recovery point when none is named.
 
     A restore never deletes and never writes over anything. What it brought back is compared with what was
     measured at capture; exit code 1 when anything differs, 3 when the target could not take an owner or an
     attribute, with all of it named.
+
+    With a --target, of one source whose log is recorded, --at and --point only say which point the replay begins
+    from and how much of the log there is to go through: everything, where neither is given.
     """
-    made = _plan(session, names, at, max_skew, point)
+    target = {name.removeprefix("target_"): value for name, value in targets.items() if value}
+    _check_target(target, names)
+    made = _plan(session, names, at or ("latest" if target and not point else None), max_skew, point)
+    if target:
+        note(session, f"the log is replayed to {_said(target)}, not to an instant")
     name = name or _sandbox_name(session.agent.clock())
     with watching(session) as watch:
         report = session.agent.restore(
-            made, to, name=name, keep=keep, watch=lambda step: watch(step.source, step.point.size)
-        )
+            made, to, name=name, keep=keep, target=target,
+            watch=lambda step: watch(step.source, step.point.size + sum(s.end - s.start for s in step.logs)),
+        )  # fmt: skip
     if session.json:
         print_json(_report_json(report))
     else:
@@ -159,6 +182,19 @@ def restore_command(
             )
         )
     return WARNED if report.warned else 0
+
+
+def _check_target(target: dict[str, str], names: tuple[str, ...]) -> None:
+    if len(target) > 1:
+        raise UsageError(f"{_said(target)} exclude each other", hint="name one target")
+    if target and len(names) != 1:
+        raise UsageError(
+            f"{_said(target)} is a place in one source's log", hint="name that source, and no other"
+        )
+
+
+def _said(target: dict[str, str]) -> str:
+    return " and ".join(f"{name} {value}" for name, value in target.items())
 
 
 def _sandbox_name(now: datetime) -> str:
@@ -187,6 +223,8 @@ def _print_report(report: RestoreReport, session: Session) -> None:
 
 def _row(r: Restored) -> tuple[str, ...]:
     compared = f"{r.compared} facts equal" if r.compared else "every byte's digest"
+    if r.step.logs and r.image and not r.compared:
+        compared += ", log replayed"
     if r.differences:
         compared = f"{len(r.differences)} of {r.compared} DIFFER"
     return (

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ NAMES = ("backupd.toml", "/etc/backupd/backupd.toml")
 
 _REFERENCE = re.compile(r"\$(\$|\{([^}]*)\})")
 _NEVER = "never"
+_LOG_LOCAL, _LOG_S3 = timedelta(seconds=1), timedelta(seconds=10)  # each put costs there
 
 
 def load(path: Path | None, env: Mapping[str, str], *, location: str = "") -> Config:
@@ -171,7 +173,10 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
     state = config.state or (Path(env["BACKUPD_STATE"]) if env.get("BACKUPD_STATE") else None)
     return config.replace(
         repository=repository.replace(location=location, ca_bundle=_absolute(repository.ca_bundle, base)),
-        sources={name: _settle_source(name, s, config.defaults, base) for name, s in config.sources.items()},
+        sources={
+            name: _settle_source(name, s, config.defaults, base, _LOG_S3 if repository.is_s3 else _LOG_LOCAL)
+            for name, s in config.sources.items()
+        },
         serve=serve.replace(
             prune_schedule=_unless_never(serve.prune_schedule),
             verify_schedule=_unless_never(serve.verify_schedule),
@@ -180,20 +185,24 @@ def _settle(config: Config, base: Path, env: Mapping[str, str]) -> Config:
     )
 
 
-def _settle_source(name: str, source: Source, defaults: DefaultsConfig, base: Path) -> Source:
+def _settle_source(
+    name: str, source: Source, defaults: DefaultsConfig, base: Path, log_interval: timedelta
+) -> Source:
     zone = source.timezone or defaults.timezone
     policy = source.retention if source.retention is not None else defaults.retention
     if not policy.timezone:
         policy = replace(policy, timezone=zone)
-    paths: dict[str, Any] = {
+    settled: dict[str, Any] = {
         k: _absolute(getattr(source, k), base) for k in ("path", "staging") if hasattr(source, k)
     }
+    if source.recorded_every is not None:
+        settled["log_interval"] = getattr(source, "log_interval", None) or log_interval
     return source.replace(
         name=name,
         schedule=_unless_never(source.schedule or defaults.schedule),
         timezone=zone,
         retention=policy,
-        **paths,
+        **settled,
     )
 
 

@@ -77,6 +77,11 @@ class SourceConfig(Table):
     retention: Policy | None = key(None, "Else defaults.retention.")
     facts: bool = key(True, "Measure the source, so that a restore can be compared with it.")
 
+    @property
+    def recorded_every(self) -> timedelta | None:
+        """How often its log is stored; None: it has none, or none is kept."""
+        return None
+
 
 def _split_password(table: dict[str, Any]) -> dict[str, Any]:
     """A password inside a url becomes the secret it is, so that the url can be shown."""
@@ -119,7 +124,17 @@ class PostgresSource(SourceConfig):
     user: str | None = None
     password: Secret | None = None
     databases: tuple[str, ...] | None = key(None, "Else every database of the server.")
-    mode: Literal["dump"] = key("dump", "dump: pg_dump of each database, and the globals.")
+    mode: Literal["dump", "pitr"] = key(
+        "dump",
+        "dump: pg_dump of each database, and the globals; pitr: base backups and every change between them.",
+    )
+    log_interval: timedelta | None = key(
+        None, "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
+    )
+
+    @property
+    def recorded_every(self) -> timedelta | None:
+        return self.log_interval or timedelta(seconds=1) if self.mode == "pitr" else None
 
     @classmethod
     def prepare(cls, table: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +145,13 @@ class PostgresSource(SourceConfig):
         _scheme(self.url, "postgresql", "postgres")
         if self.databases is not None and not self.databases:
             raise Mistaken("databases is empty", "name at least one, or leave it out for all of them")
+        if self.mode == "pitr" and self.databases is not None:
+            raise Mistaken('databases and mode = "pitr" exclude each other', "pitr takes the whole server")
+        if self.log_interval is not None:
+            if self.mode != "pitr":
+                raise Mistaken('log_interval needs mode = "pitr"', "a dump has no log")
+            if self.log_interval < timedelta(milliseconds=100):
+                raise Mistaken("log_interval is too short", "100ms at least")
 
 
 class RedisSource(SourceConfig):

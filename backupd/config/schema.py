@@ -33,6 +33,7 @@ _KINDS: Mapping[Any, dict[str, Any]] = {
         "properties": {
             **{rule: {"type": "integer", "minimum": ALL} for rule in RULES},
             "within": {**_TEXT, "description": "All this close to the newest point: 30d."},
+            "pitr": {**_TEXT, "description": "Every instant this far back, where a log is recorded: 7d."},
             "timezone": {**_TEXT, "description": "Where a day begins; else the source's."},
         },
         "additionalProperties": False,

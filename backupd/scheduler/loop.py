@@ -37,7 +37,7 @@ class Job:
     """Something to be done again and again."""
 
     name: str
-    """`backup`, `prune`, `verify`."""
+    """`backup`, `compact`, `prune`, `verify`."""
     source: str
     work: Work
     schedule: Schedule | None = None
@@ -205,6 +205,11 @@ class Scheduler:
         """Have a job done outside its schedule. False where it is refused: at work already, or stopping."""
         job = next(job for job in self._everything if job.key == (name, source))
         return self._submit(job, None)
+
+    def is_busy(self, name: str, source: str) -> bool:
+        """At work on it, or about to be."""
+        with self._lock:
+            return (name, source) in self._active
 
     def _fire(self, job: Job, schedule: Schedule) -> None:
         now = self._clock()

@@ -1,0 +1,33 @@
+"""The continuous side of a source: its log, stored piece by piece, put together, read back (FORMAT.md, Log)."""
+
+from backupd.logs import check
+from backupd.logs.compact import Compaction, compact_logs, plan_compaction
+from backupd.logs.read import (
+    LOG_FOLDER,
+    check_log,
+    check_logs,
+    reached,
+    read_logs,
+    read_span,
+    wait_for_logs,
+    write_logs,
+)
+from backupd.logs.writer import LogWriter, Recorded, mark_gap
+
+__all__ = [
+    "LOG_FOLDER",
+    "Compaction",
+    "LogWriter",
+    "Recorded",
+    "check",
+    "check_log",
+    "check_logs",
+    "compact_logs",
+    "mark_gap",
+    "plan_compaction",
+    "reached",
+    "read_logs",
+    "read_span",
+    "wait_for_logs",
+    "write_logs",
+]

@@ -1,0 +1,71 @@
+"""What verify finds in a log: holes that nothing explains, points without the log they need, objects that differ where
+they hold the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+from backupd.chain import Chain, chain_of, need_of
+from backupd.errors import ObjectMissing
+from backupd.logs.read import read_span
+from backupd.model import LogGap, LogSpan, RecoveryPoint
+from backupd.repository import Repository, log_key
+
+
+def missing(chains: Sequence[Chain], gaps: Sequence[LogGap]) -> Iterator[str]:
+    """Holes without a mark. Pure."""
+    marks = {(gap.epoch, gap.position) for gap in gaps}
+    for number, chain in enumerate(chains[:-1]):
+        after = chains[number + 1]
+        if after.epoch == chain.epoch and chain.end < after.start and (chain.epoch, chain.end) not in marks:
+            yield (
+                f"the log of {chain.epoch} is missing from {chain.end:x} to {after.start:x}: "
+                f"restores come up to {_said(chain.reach)}, and go on with the next base after that"
+            )
+
+
+def unreachable(points: Sequence[RecoveryPoint], chains: Sequence[Chain]) -> Iterator[str]:
+    """Points that cannot be restored, as the log that they need is not whole. Pure."""
+    for point in points:
+        need = need_of(point)
+        if need is not None and chain_of(point, chains) is None:
+            yield (
+                f"the point {point.id} of {point.instant:%Y-%m-%d %H:%M:%S} UTC cannot be restored: the log "
+                f"that it needs, {need.start:x} to {need.end:x} of {need.epoch}, is not all there"
+            )
+
+
+def last_before(chain: Chain, span: LogSpan) -> str:
+    """Up to when restores come where a span cannot be read. Pure."""
+    held = [s.anchor.at for s in chain.spans if s.anchor and s.end <= span.start]
+    return f"restores come up to {_said(max(held, default=None))}"
+
+
+def overlaps(chain: Chain) -> Iterator[tuple[LogSpan, LogSpan]]:
+    """Objects that hold some of the same log, each with the one before it that reaches furthest. Pure."""
+    widest: LogSpan | None = None
+    for span in chain.spans:
+        if widest is not None and span.start < min(widest.end, span.end):
+            yield widest, span
+        if widest is None or span.end > widest.end:
+            widest = span
+
+
+def agree(repository: Repository, one: LogSpan, other: LogSpan) -> str:
+    """Empty where both hold the same; compaction may take one away meanwhile. Raises Damaged."""
+    start, end = max(one.start, other.start), min(one.end, other.end)
+    try:
+        held = [
+            b"".join(data for _, data in read_span(repository, span, position=start))[: end - start]
+            for span in (one, other)
+        ]
+    except ObjectMissing:
+        return ""
+    if held[0] == held[1]:
+        return ""
+    return f"{log_key(one)} and {log_key(other)} hold different bytes from {start:x} to {end:x}"
+
+
+def _said(at: datetime | None) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S.%f} UTC" if at else "no instant of it"

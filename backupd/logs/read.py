@@ -1,0 +1,155 @@
+"""Reading a log back: in order, without a hole, each byte compared with its digest."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from backupd.chain import Need, chains, cover
+from backupd.errors import Damaged, ObjectMissing
+from backupd.logs.piece import HEAD, Header, decode, decode_header, header_length
+from backupd.model import LogGap, LogSpan
+from backupd.repository import Repository, log_key
+
+LOG_FOLDER = "backupd-log"
+"""Where a restore into a directory puts the log, beside the files."""
+
+_AGAIN = 3  # times that what was planned is looked for anew, when compaction was faster
+_NAP = 0.5
+
+
+def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
+    """The log of these spans, some MiB at a time, each piece beginning where the one before ended.
+
+    Where compaction has put another object in the place of one, that is read. Raises Damaged for a hole.
+    """
+    if not spans:
+        return
+    first, position, end = spans[0], spans[0].start, spans[-1].end
+    left, tries = list(spans), 0
+    while position < end:
+        before = position
+        try:
+            for span in cover(left, position):
+                for piece, data in read_span(repository, span, position=position):
+                    yield piece, data
+                    position = piece.end
+                if position >= end:
+                    return
+        except ObjectMissing:
+            left = [s for s in repository.logs(first.source)[0] if s.epoch == first.epoch]
+            tries = tries + 1 if position == before else 1
+            if tries <= _AGAIN:
+                continue
+        raise _hole(first, position)
+
+
+def read_span(
+    repository: Repository, span: LogSpan, *, position: int | None = None
+) -> Iterator[tuple[LogSpan, bytes]]:
+    """One object's log from `position` on, frame by frame. Raises Damaged, ObjectMissing."""
+    stored = repository.read_log(span)
+    at, wanted = span.start, span.start if position is None else position
+    try:
+        for data in decode(repository.codec, stored):
+            begin, at = at, at + len(data)
+            if at > wanted:
+                skip = max(0, wanted - begin)
+                yield replace(span, start=begin + skip, end=at), data[skip:] if skip else data
+        if at != span.end:
+            raise Damaged(f"it holds the log up to {at:x} instead of {span.end:x}")
+    except Damaged as error:
+        raise _named(span, error) from None
+
+
+def check_log(repository: Repository, span: LogSpan) -> Header:
+    """Its header, after it was compared with the name and the length of the object: a torn one is found without
+    reading it. Raises Damaged, ObjectMissing."""
+    try:
+        header = read_header(repository, span)
+        if header.stored != span.size:
+            raise Damaged(f"it has {span.size:,} bytes instead of {header.stored:,}")
+        if header.size != span.end - span.start:
+            raise Damaged(f"it holds {header.size:,} bytes of the log instead of {span.end - span.start:,}")
+    except Damaged as error:
+        raise _named(span, error) from None
+    return header
+
+
+def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
+    """Each of them as `check_log`, before a restore begins. Raises Damaged."""
+    left = list(spans)
+    for _ in range(_AGAIN):
+        try:
+            for span in left:
+                check_log(repository, span)
+        except ObjectMissing:  # put together with others, or lost: then reading would find a hole
+            held = [s for s in repository.logs(spans[0].source)[0] if s.epoch == spans[0].epoch]
+            left = list(cover(held, spans[0].start))
+            if not left or left[-1].end < spans[-1].end:
+                raise _hole(spans[0], left[-1].end if left else spans[0].start) from None
+        else:
+            return
+
+
+def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
+    """The log as one file in a new folder; its name: epoch and first position."""
+    folder.mkdir()
+    name = ""
+    with contextlib.ExitStack() as stack:
+        for piece, data in pieces:
+            if not name:
+                name = f"{piece.epoch}-{piece.start:016x}"
+                file = stack.enter_context((folder / name).open("xb"))
+            file.write(data)
+    return name
+
+
+def read_header(repository: Repository, span: LogSpan | LogGap) -> Header:
+    """Raises Damaged, ObjectMissing."""
+    head = repository.read_log(span, length=HEAD)
+    if header_length(head) > len(head) >= HEAD:
+        head = repository.read_log(span, length=header_length(head))
+    return decode_header(repository.codec, head)
+
+
+def reached(repository: Repository, sources: Iterable[str]) -> dict[str, datetime]:
+    """The newest anchor of each log that has any: up to when a restore would come."""
+    found = {}
+    for source in sources:
+        spans, _ = repository.logs(source)
+        newest = max((span.anchor.at for span in spans if span.anchor), default=None)
+        if newest is not None:
+            found[source] = newest
+    return found
+
+
+def wait_for_logs(
+    repository: Repository, source: str, need: Need, *, seconds: float, stop: threading.Event
+) -> bool:
+    """Whether everything a new point needs of the log is stored, or came to be within some seconds: another thread
+    or another process records it."""
+    end = time.monotonic() + seconds
+    while not any(chain.covers(need) for chain in chains(*repository.logs(source))):
+        if time.monotonic() >= end or stop.wait(_NAP):
+            return False
+    return True
+
+
+def _named(span: LogSpan, error: Damaged) -> Damaged:
+    return Damaged(
+        f"the log {log_key(span)} is damaged: {error.message}",
+        hint="`backupd verify` tells up to when a restore comes; copy that object from another copy",
+    )
+
+
+def _hole(span: LogSpan, position: int) -> Damaged:
+    return Damaged(
+        f"the log of {span.source} has a hole at {position:016x} of {span.epoch}",
+        hint="it was pruned, or an object is missing; `backupd window` shows what can be restored",
+    )

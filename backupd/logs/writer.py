@@ -1,0 +1,227 @@
+"""The sink of a recorder: pieces into the repository, each durable before it is acknowledged, none out of order.
+
+An anchor is stored with the first piece that ends at or behind its position. While nothing happens at the source
+there is no piece; then an object with the anchor alone is stored once a minute, so that "up to when" stays known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from backupd.chain import chains, newest
+from backupd.errors import ObjectExists, StoreError
+from backupd.logs.piece import encode
+from backupd.logs.read import read_span
+from backupd.model import Anchor, LogGap, LogSpan
+from backupd.repository import Repository, log_key
+
+log = logging.getLogger(__name__)
+
+IDLE = 60.0
+"""Seconds after which an anchor is stored without a piece."""
+STEP = timedelta(seconds=1)
+"""A clock that goes back by more was set: times before and after it cannot be told apart."""
+
+
+def mark_gap(repository: Repository, gap: LogGap, reason: str) -> None:
+    """For good: no restore goes across it. There may be a mark already."""
+    marker, _ = encode(repository.codec, [], (), gap=reason)
+    with contextlib.suppress(ObjectExists):
+        repository.put_log(gap, marker)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """How far recording has come."""
+
+    epoch: str = ""
+    position: int = 0
+    reach: datetime | None = None
+    """The newest stored anchor: up to when a restore would come now."""
+    pieces: int = 0
+    stored: int = 0
+    """Bytes, since the start."""
+    gap: str = ""
+    """Why the window closed last, since the start."""
+
+
+class LogWriter:
+    """A `model.LogSink` of one source. Fed by one thread; `recorded` may be asked by any.
+
+    `on_begin` is told whenever a stretch begins that may need a base of its own.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        source: str,
+        *,
+        on_begin: Callable[[], object] = lambda: None,
+        idle: float = IDLE,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._repository, self._source = repository, source
+        self._on_begin, self._idle, self._now = on_begin, idle, now
+        self._lock = threading.RLock()
+        spans, gaps = repository.logs(source)
+        self.since = newest(spans)
+        """Where recording goes on."""
+        found = chains(spans, gaps)
+        self._last = {chain.epoch: chain for chain in found}  # sorted by start: the last of each epoch stays
+        self._ends = {epoch: chain.end for epoch, chain in self._last.items()}
+        self._cuts = {(gap.epoch, gap.position) for gap in gaps}
+        self._recorded = Recorded(reach=max((c.reach for c in found if c.reach), default=None))
+        self._epoch = ""
+        self._position = 0
+        self._begun = False
+        self._fresh = False  # right behind a gap: nothing is stored yet of what follows
+        self._newest: Anchor | None = None  # of this chain, stored or pending
+        self._stored: Anchor | None = None  # of this chain
+        self._pending: list[Anchor] = []
+        self._attempt: tuple[int, int, tuple[Anchor, ...]] | None = None
+        self._before: tuple[int, int, bytes] | None = None
+        self._put_at = now()
+
+    @property
+    def recorded(self) -> Recorded:
+        with self._lock:
+            return self._recorded
+
+    # --- the seam ---------------------------------------------------------------------------------------
+
+    def begin(self, epoch: str, position: int) -> None:
+        log_key(LogGap(self._source, epoch, position))  # refuses an epoch that cannot be part of a key
+        with self._lock:
+            end = self._ends.get(epoch)
+            if end is not None and position < end:
+                raise StoreError(
+                    f"the log of {self._source} goes back: it is stored up to {end:x} and begins again at {position:x}",
+                    hint="was the server set back to an earlier state? promote it: that makes a timeline of its own",
+                )
+            if end is not None and position > end:
+                self._mark(epoch, end, f"the log goes on at {position:x} instead of {end:x}")
+            cut = position == end and (epoch, position) in self._cuts
+            anew = cut or end is None or position > end
+            if anew or not self._begun or epoch != self._epoch:
+                last = self._last.get(epoch)
+                anchor = Anchor(last.reach, position) if not anew and last and last.reach else None
+                self._newest = self._stored = anchor
+                self._fresh, self._pending, self._attempt, self._before = cut, [], None, None
+            self._epoch, self._position, self._begun = epoch, position, True
+            self._ends[epoch] = position
+            self._tell(epoch=epoch, position=position)
+        self._on_begin()
+
+    def piece(self, start: int, end: int, data: bytes) -> None:
+        with self._lock:
+            whole = (start, end, self._repository.codec.digest(data))
+            if self._before == whole:
+                return
+            self._refuse(start, end, data)
+            if self._attempt and self._attempt[:2] == (start, end):
+                anchors = self._attempt[2]  # again after an answer was lost: under the same name
+            else:
+                anchors = tuple(anchor for anchor in self._pending if anchor.position <= end)
+            self._attempt = (start, end, anchors)
+            self._put(start, end, data, anchors)
+            self._before, self._attempt = whole, None
+            self._position, self._ends[self._epoch], self._fresh = end, end, False
+            self._pending = [anchor for anchor in self._pending if anchor not in anchors]
+            self._tell(position=end)
+
+    def anchor(self, at: datetime, position: int) -> None:
+        with self._lock:
+            self._refuse_unbegun()
+            if self._newest is not None and at < self._newest.at:
+                if self._newest.at - at <= STEP:
+                    return
+                self._set_back(at, self._newest.at)
+            self._newest = Anchor(at, position)
+            # Of those that count already only the newest is worth storing.
+            self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
+            if self._now() - self._put_at >= self._idle:
+                self._put_anchor()
+
+    def gap(self, reason: str) -> None:
+        with self._lock:
+            epoch, position = self._epoch, self._position
+            if not self._begun:
+                found = max(self._last.values(), key=lambda c: (c.reach is not None, c.reach), default=None)
+                if found is None:
+                    return  # nothing is stored that could be cut off
+                epoch, position = found.epoch, found.end
+            self._mark(epoch, position, reason)
+            self._begun, self._pending, self._newest = False, [], None
+
+    def close(self) -> None:
+        """After a recorder ended: the newest anchor that counts is stored. Raises StoreError."""
+        with self._lock:
+            if self._begun:
+                self._put_anchor()
+
+    # --- what it takes ------------------------------------------------------------------------------------
+
+    def _refuse_unbegun(self) -> None:
+        if not self._begun:
+            raise StoreError(
+                f"the log of {self._source} has not begun", hint="a fault of the driver: report it"
+            )
+
+    def _refuse(self, start: int, end: int, data: bytes) -> None:
+        self._refuse_unbegun()
+        if start != self._position:
+            raise StoreError(
+                f"the log of {self._source} is stored up to {self._position:x}; the next piece begins at {start:x}",
+                hint="a fault of the driver: report it",
+            )
+        if end - start != len(data) or not data:
+            raise StoreError(
+                f"a piece of the log of {self._source} has {len(data):,} bytes from {start:x} to {end:x}",
+                hint="a fault of the driver: report it",
+            )
+
+    def _put(self, start: int, end: int, data: bytes, anchors: tuple[Anchor, ...]) -> None:
+        """Durable when it returns."""
+        anchor = max((*anchors, *filter(None, [self._stored])), key=lambda a: a.at, default=None)
+        stored, _ = encode(self._repository.codec, [data], anchors)
+        span = LogSpan(self._source, self._epoch, start, end, anchor, len(stored))
+        try:
+            self._repository.put_log(span, stored)
+        except ObjectExists:
+            if b"".join(held for _, held in read_span(self._repository, span)) != data:
+                raise
+        self._put_at, self._stored = self._now(), anchor
+        done = self._recorded
+        reach = max((t for t in (done.reach, anchor and anchor.at) if t), default=None)
+        self._tell(reach=reach, pieces=done.pieces + 1, stored=done.stored + len(stored))
+
+    def _put_anchor(self) -> None:
+        """An object without any log, for the newest anchor that counts. None right behind a gap: by its position it
+        would belong to what was before."""
+        counting = [anchor for anchor in self._pending if anchor.position <= self._position]
+        news = counting and (self._stored is None or counting[-1].at > self._stored.at)
+        if news and not self._fresh:
+            self._put(self._position, self._position, b"", (counting[-1],))
+            self._pending = [anchor for anchor in self._pending if anchor not in counting]
+
+    def _set_back(self, at: datetime, before: datetime) -> None:
+        reason = f"the source's clock was set back from {before.isoformat()} to {at.isoformat()}"
+        self._mark(self._epoch, self._position, reason)
+        self._fresh, self._pending, self._stored = True, [], None
+        self._on_begin()
+
+    def _mark(self, epoch: str, position: int, reason: str) -> None:
+        """The window closes at this position, for good."""
+        log.warning("the window of %s closes: %s; a new base is needed", self._source, reason)
+        mark_gap(self._repository, LogGap(self._source, epoch, position), reason)
+        self._cuts.add((epoch, position))
+        self._tell(gap=reason)
+
+    def _tell(self, **changes: object) -> None:
+        self._recorded = replace(self._recorded, **changes)  # type: ignore[arg-type]
