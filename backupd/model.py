@@ -5,6 +5,7 @@ Nothing here does anything. Times are aware datetimes in UTC; sizes are bytes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -163,6 +164,8 @@ class TarStream:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     paged: tuple[str, ...] = ()
+    """Patterns of files that change in place in fixed pages."""
+    page_size: int = 16384
 
 
 Content: TypeAlias = Tree | Streams | TarStream
@@ -338,6 +341,77 @@ class Driver(Protocol):
 
     def check(self) -> Sequence[Problem]:
         """Is the source reachable, readable, of a supported version? Touches nothing."""
+
+
+# --- logs ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """All that was acknowledged before `at` lies at or before `position`."""
+
+    at: datetime
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogSpan:
+    """A stored piece of a source's log, [start, end) of an epoch."""
+
+    source: str
+    epoch: str
+    """`<system identifier>-<timeline>`: positions of two epochs are not comparable."""
+    start: int
+    end: int
+    anchor: Anchor | None
+    """The newest anchor that counts once this span is stored."""
+    size: int
+
+
+class LogSink(Protocol):
+    """Where a recorder puts what it records."""
+
+    def begin(self, epoch: str, position: int) -> None:
+        """What follows belongs to this epoch and begins there."""
+
+    def piece(self, start: int, end: int, data: bytes) -> None:
+        """Durable when it returns; only then may the source let it go. Raises StoreError."""
+
+    def anchor(self, at: datetime, position: int) -> None:
+        """It counts as soon as the log is stored up to its position."""
+
+    def gap(self, reason: str) -> None:
+        """The window closes here; a new base is needed."""
+
+
+class Recorder(Protocol):
+    """The continuous side of a source: its write-ahead log, its replication stream."""
+
+    def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
+        """Record from exactly where `since` ends until stopped. Raises what went wrong; nothing that a piece
+        did not store was let go, so the caller may begin again."""
+
+
+class RecordingDriver(Protocol):
+    """The further side of a driver whose source has a log.
+
+    A recovery point it makes carries the attributes `epoch`, `start` and `end`: the positions that a restore
+    of it needs the log from, and at least up to.
+    """
+
+    def recorder(self, *, interval: float) -> Recorder:
+        """What the source writes is a piece after `interval` seconds at the latest."""
+
+    def load_to(
+        self,
+        archive: Archive,
+        logs: Iterator[tuple[LogSpan, bytes]],
+        at: datetime | None,
+        container: Container,
+        **target: str,
+    ) -> None:
+        """Like `load`, then replay the logs up to `at` (None: to their end). Pieces come in order, contiguous.
+        `target` in place of `at`: `lsn`, `xid` or `name`."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------
