@@ -26,7 +26,6 @@ BASE = ""
 
 _EPOCH = 946_684_800  # PostgreSQL counts microseconds from 2000-01-01
 _REMOVED = "58P01"  # undefined_file: "requested WAL segment ... has already been removed"
-_IN_USE = "55006"
 _QUIET = {
     "connect_timeout": "10",
     "application_name": "backupd",
@@ -50,11 +49,6 @@ class ServerRefused(CommandFailed):
         """The server does not have the WAL any more that was asked for, or the slot was given up."""
         text = self.message
         return (self.sqlstate == _REMOVED and "already been removed" in text) or "invalidated" in text
-
-    @property
-    def slot_is_busy(self) -> bool:
-        """Another connection uses the slot."""
-        return self.sqlstate == _IN_USE
 
 
 def position_of(text: str) -> int:
@@ -133,6 +127,17 @@ def _connection_error(text: str) -> str:
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     last = next((line for line in reversed(lines) if "FATAL:" in line), lines[-1] if lines else "no reason")
     return last.rpartition("FATAL:")[2].strip() or last
+
+
+@contextlib.contextmanager
+def talking() -> Iterator[None]:
+    """A connection that breaks is the server's refusal too."""
+    import psycopg
+
+    try:
+        yield
+    except psycopg.Error as error:
+        raise ServerRefused(_connection_error(str(error)), sqlstate=error.sqlstate or "") from error
 
 
 # --- one connection ----------------------------------------------------------------------------------------
@@ -361,19 +366,17 @@ def _one_line(said: bytes) -> str:
 # --- a base backup at work -----------------------------------------------------------------------------------
 
 
-def base_backup_command(
-    version: int, *, label: str, verify: bool, max_rate: int | None = None, wal: bool = False
-) -> str:
+def base_backup_command(version: int, *, label: str, verify: bool, max_rate: int | None = None) -> str:
     """BASE_BACKUP as a server of this version reads it; `max_rate` in KiB a second."""
     if version >= 150000:
         options = [
             f"LABEL '{label}'", "CHECKPOINT 'fast'", "WAIT false", "TABLESPACE_MAP true", "MANIFEST 'yes'",
-            "MANIFEST_CHECKSUMS 'SHA256'", f"VERIFY_CHECKSUMS {str(verify).lower()}", f"WAL {str(wal).lower()}",
+            "MANIFEST_CHECKSUMS 'SHA256'", f"VERIFY_CHECKSUMS {str(verify).lower()}",
             *([f"MAX_RATE {max_rate}"] if max_rate else []),
         ]  # fmt: skip
         return f"BASE_BACKUP ({', '.join(options)})"
     options = [
-        f"LABEL '{label}'", "FAST", *(["WAL"] if wal else []), "NOWAIT",
+        f"LABEL '{label}'", "FAST", "NOWAIT",
         *([f"MAX_RATE {max_rate}"] if max_rate else []), "TABLESPACE_MAP",
         *([] if verify else ["NOVERIFY_CHECKSUMS"]), "MANIFEST 'yes'", "MANIFEST_CHECKSUMS 'SHA256'",
     ]  # fmt: skip
