@@ -7,12 +7,15 @@ import struct
 import tarfile
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import ClassVar
 
 import pytest
+from captured import Held
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backupd.drivers.postgres_base import one_tar
+from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
 from backupd.drivers.postgres_recovery import Replayed, Target, configuration, wal_files
 from backupd.drivers.postgres_replication import System, position_of, position_text
@@ -24,7 +27,7 @@ from backupd.drivers.postgres_wal import (
     history,
     segment_name,
 )
-from backupd.errors import CaptureFailed, Damaged, RestoreFailed
+from backupd.errors import CaptureFailed, ContainerError, Damaged, RestoreFailed
 from backupd.model import Anchor, LogSpan, PointKind, RecoveryPoint
 
 MIB = 1 << 20
@@ -366,3 +369,66 @@ def test_a_tar_that_is_cut_short_is_no_base_backup(length: int) -> None:
     if length % 512 or length == 512:
         with pytest.raises(CaptureFailed, match="cut short"):
             list(one_tar([("", whole[:length])], {}))
+
+
+# --- into a container -------------------------------------------------------------------------------------
+
+
+class Still:
+    """A container that was never started: what is written into it, by path."""
+
+    name = "still"
+    env: ClassVar = {"PGDATA": "/var/lib/postgresql/18/docker"}
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[bytes, int, int]] = {}
+        self.order: list[str] = []
+
+    def read(self, path: str) -> Iterator[bytes]:
+        if path != "/etc/passwd":
+            raise ContainerError(f"{path} is not there")
+        yield server_tar({"passwd": b"root:x:0:0::/:\npostgres:x:70:71::/:/bin/sh\n"}, ended=True)
+
+    def write(self, path: str, tar: Iterator[bytes]) -> None:
+        with tarfile.open(fileobj=io.BytesIO(b"".join(tar))) as reading:
+            for entry in reading:
+                content = reading.extractfile(entry)
+                name = f"{path}/{entry.name}"
+                self.files[name] = (content.read() if content else b"/", entry.uid, entry.mode)
+                self.order.append(name)
+
+
+def test_a_base_and_its_log_lie_where_a_fresh_server_looks() -> None:
+    """Its own user owns all; tablespaces are inside; PG_VERSION, which makes it a cluster, is written last."""
+    parts = {
+        "16400": server_tar({"PG_16_1/5/1": b"x" * 9000}, ended=True),
+        "": server_tar(
+            {
+                "PG_VERSION": b"18\n", "base/5/1": b"y" * 8192, "standby.signal": b"", "backup_label": b"label",
+                "tablespace_map": b"16400 /mnt/fast\n", "postgresql.auto.conf": b"work_mem = '8MB'\n",
+            },
+            ended=True,
+        ),
+    }  # fmt: skip
+    made = b"".join(one_tar(list(parts.items()), {}))
+    log = written([other(300), commit(1, seconds(1)), commit(2, seconds(3))])
+    span = LogSpan("s", "4711-1", 0, len(log), None, len(log))
+    container = Still()
+    driver = PostgresPhysical(PhysicalSource("s", lambda: pytest.fail("a restore needs no source")))
+    driver.load_to(Held(POINT, {}, made), iter([(span, log)]), seconds(2), container)  # type: ignore[arg-type]
+    data = "/var/lib/postgresql/18/docker"
+    assert {uid for _, uid, _ in container.files.values()} == {70}
+    assert container.files[f"{data}/"[:-1]][2] == 0o700
+    assert container.files[f"{data}/base/5/1"][0] == b"y" * 8192
+    assert container.files[f"{data}/backupd_tablespaces/16400/PG_16_1/5/1"][0] == b"x" * 9000
+    assert (
+        container.files[f"{data}/tablespace_map"][0] == f"16400 {data}/backupd_tablespaces/16400\n".encode()
+    )
+    assert container.files[f"{data}/pg_wal/{segment_name(1, 0, SEGMENT)}"][0][: len(log)] == log
+    assert f"{data}/standby.signal" not in container.files
+    assert f"{data}/recovery.signal" in container.files
+    auto = container.files[f"{data}/postgresql.auto.conf"][0].decode()
+    assert auto.startswith("work_mem = '8MB'\n")
+    assert auto.endswith("recovery_target_time = '2026-11-26 12:00:02.000000+00'\n")
+    assert "recovery_target_timeline = '1'\n" in auto
+    assert container.order[-1] == f"{data}/PG_VERSION"
