@@ -331,7 +331,12 @@ def test_a_restore_across_timelines_follows_the_log_it_is_given(
     with recording(driver, log):
         with connect(primary) as connection:
             connection.execute("INSERT INTO t VALUES (2)")
-        bed.wait_until(lambda: one(standby, "SELECT count(*) FROM t") == 2, timeout=20, what="the standby")
+        bed.wait_until(
+            lambda: one(standby, "SELECT count(*) FROM t") == 2,
+            timeout=20,
+            what="the standby",
+            details=lambda: standby.container.logs(tail=30).decode(),
+        )
         held = take(driver)
         one(standby, "SELECT pg_promote()")
         with connect(standby) as connection:

@@ -91,11 +91,14 @@ SELECT jsonb_build_object('version', current_setting('server_version_num')::int,
   'tablespaces', (SELECT coalesce(jsonb_object_agg(oid::text, spcname), '{}') FROM pg_tablespace
     WHERE spcname NOT IN ('pg_default', 'pg_global')),
   'settings', (SELECT jsonb_object_agg(name, setting) FROM pg_settings WHERE name IN ('max_connections',
-    'max_prepared_transactions', 'max_locks_per_transaction', 'max_worker_processes', 'max_wal_senders')))
+    'max_prepared_transactions', 'max_locks_per_transaction', 'max_worker_processes', 'max_wal_senders',
+    'shared_preload_libraries')))
 """
+"""Settings a recovery cannot do without, and which may stand on the server's command line. Not everybody is told of
+the libraries."""
 RECOVERED = """
 SELECT jsonb_build_object('in_recovery', pg_is_in_recovery(),
-  'last_commit', extract(epoch FROM pg_last_xact_replay_timestamp())::text)
+  'last_commit', extract(epoch FROM pg_last_xact_replay_timestamp())::text);
 """
 
 

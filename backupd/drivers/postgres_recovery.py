@@ -310,15 +310,15 @@ def last_files(
     """What makes the container's data directory a cluster that recovers to the target; PG_VERSION at the end."""
     if _VERSION not in held:
         raise RestoreFailed("the archive holds no data directory of PostgreSQL", hint="run backupd verify")
+    kept = point.attributes.get("settings")
     own = {
+        **({name: str(value) for name, value in kept.items()} if isinstance(kept, dict) else {}),
         "hba_file": f"{home.data}/{_HBA}",
         "recovery_target_timeline": str(replayed.timeline),  # the default, `latest`, may be another branch
         **target.setting(point, replayed),
     }
     files: dict[str, str] = {}
     if "postgresql.conf" not in held:  # it lay outside the data directory
-        kept = point.attributes.get("settings")
-        own |= {name: str(value) for name, value in kept.items()} if isinstance(kept, dict) else {}
         files["postgresql.conf"] = "# Made by backupd: the server's own lay outside its data directory\n"
     files |= {
         _HBA: LET_IN,
