@@ -324,7 +324,10 @@ def test_a_restore_across_timelines_follows_the_log_it_is_given(
         f"rm -rf $PGDATA/*; PGPASSWORD=secret pg_basebackup -h {primary.address} -U backup -D $PGDATA -R -X stream "
         "-c fast && chown -R postgres $PGDATA && chmod 700 $PGDATA && exec docker-entrypoint.sh postgres"
     )
-    standby = services.container(bed.POSTGRES_IMAGE, ["sh", "-c", script], port=5432)
+    library = {
+        "LD_LIBRARY_PATH": "/usr/lib/postgresql/16/lib"
+    }  # where the stand-in's walreceiver finds libpq
+    standby = services.container(bed.POSTGRES_IMAGE, ["sh", "-c", script], port=5432, env=library)
     standby.user, standby.password, standby.db = "postgres", "secret", "app"
     bed.wait_until(lambda: bool(bed.postgres_version(standby)), timeout=60, what="the standby")
     driver, log = driver_of(standby), Log()
