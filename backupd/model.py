@@ -231,6 +231,8 @@ class TarStream:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     paged: tuple[str, ...] = ()
+    """Patterns of files that change in place in fixed pages."""
+    page_size: int = 16384
 
 
 Content: TypeAlias = Tree | Streams | TarStream

@@ -37,6 +37,7 @@ class TarStreamReader:
         self._reader = tar.TarReader(content.file)
         self._wanted = compile_patterns(content.include, content.exclude)
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
+        self._page_size = content.page_size
         self._dirs: list[tuple[str, Row | None, list[Row]]] = []
         self._members = 0
 
@@ -97,7 +98,7 @@ class TarStreamReader:
         header = _header(entry) if self._writer.plain else b""
         if entry.stored > LARGE:
             paged = self._paged is not None and self._paged(path, False)
-            cutter: Cutter = FixedCutter() if paged else ContentCutter()
+            cutter: Cutter = FixedCutter(self._page_size) if paged else ContentCutter()
             pieces, _ = feed_large(pipeline, self._reader.readinto, cutter, header=header, size=entry.stored)
             return pieces
         pieces = []

@@ -7,6 +7,8 @@ import io
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from backupd.model import Bytes
+
 if TYPE_CHECKING:
     from tarfile import TarFile
 
@@ -17,7 +19,7 @@ _CHUNK = 1 << 20
 class IteratorFile(io.RawIOBase):
     """Read chunks as a file: what `tarfile` wants."""
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[Bytes]) -> None:
         super().__init__()
         self._chunks = iter(chunks)
         self._left = memoryview(b"")

@@ -91,12 +91,15 @@ class InContainer:
                 error.message = error.message.replace(argv[0], program, 1)
             raise
 
+    def credentials(self) -> dict[str, str]:
+        """Who we are, in libpq's words: as configured, else as the image was told when it made the server."""
+        user = self._user or self._told("POSTGRES_USER") or "postgres"
+        password = self._password or self._told("POSTGRES_PASSWORD")
+        return {"user": user, **({"password": password} if password else {})}
+
     def _environment(self) -> dict[str, str]:
-        """Who we are: as configured, else as the image was told when it made the server."""
         if self._env is None:
-            user = self._user or self._told("POSTGRES_USER") or "postgres"
-            password = self._password or self._told("POSTGRES_PASSWORD")
-            self._env = {**QUIET, "PGUSER": user, **({"PGPASSWORD": password} if password else {})}
+            self._env = {**QUIET, **{f"PG{key.upper()}": value for key, value in self.credentials().items()}}
         return self._env
 
     def _told(self, name: str) -> str:

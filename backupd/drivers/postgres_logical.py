@@ -49,15 +49,29 @@ from backupd.drivers.postgres_sql import (
     whole_facts,
 )
 from backupd.errors import BackupdError, CaptureFailed, CommandFailed, RestoreFailed
-from backupd.model import Archive, Capture, Container, ContainerSpec, Facts, Json, Problem, RecoveryPoint
+from backupd.model import (
+    Archive,
+    Capture,
+    Container,
+    ContainerSpec,
+    Driver,
+    Facts,
+    Json,
+    Problem,
+    RecoveryPoint,
+)
 
 if TYPE_CHECKING:
     from backupd.config.models import PostgresSource
     from backupd.sandbox.docker import Engine
 
 
-def from_config(source: PostgresSource, engine: Engine) -> PostgresLogical:
-    """The driver for a source of the configuration."""
+def from_config(source: PostgresSource, engine: Engine) -> Driver:
+    """The driver for a source of the configuration, by its mode."""
+    if str(source.mode) == "pitr":
+        from backupd.drivers import postgres_physical
+
+        return postgres_physical.from_config(source, engine)
     password = source.password.get_secret_value() if source.password else None
     name, url, user = source.container, source.url, source.user
 

@@ -259,6 +259,18 @@ def first_error(stderr: str) -> str:
 _HINTS = (
     ("password authentication failed", "check user and password of this source"),
     ("no password supplied", "give this source its password, or password_file"),
+    (
+        "no pg_hba.conf entry for replication",
+        "add to pg_hba.conf: host replication ROLE all scram-sha-256 (`host all all ..` does not cover it)",
+    ),
+    ("permission denied to start WAL sender", "ALTER ROLE .. REPLICATION"),
+    ("must be superuser or replication role", "ALTER ROLE .. REPLICATION"),
+    ("max_wal_senders", "raise max_wal_senders: a base backup and the log need one each"),
+    ("all replication slots are in use", "raise max_replication_slots, or drop a slot that nobody uses"),
+    (
+        "is active for PID",
+        "another agent records this source; one that was killed is noticed within wal_sender_timeout",
+    ),
     ("no pg_hba.conf entry", "let this role in from here: pg_hba.conf"),
     ("Peer authentication failed", "the container's socket asks for an account of that name: set user"),
     ("could not translate host name", "check the host in url"),

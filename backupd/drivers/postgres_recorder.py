@@ -1,0 +1,242 @@
+"""The recorder of a PostgreSQL server: WAL from a physical slot, in pieces, with anchors beside it.
+
+The server is told that WAL was flushed only when a piece of it is durable, so the slot never lets go of what is
+not stored. Anchors hold for commits that were flushed when they were acknowledged: with `synchronous_commit = off`
+the last moments before an anchor may lie behind it, as they may be lost in a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC
+from typing import TYPE_CHECKING, Any
+
+from backupd.drivers.postgres_replication import (
+    Replication,
+    Server,
+    ServerRefused,
+    System,
+    position_of,
+    position_text,
+    talking,
+)
+from backupd.drivers.postgres_wal import epoch_parts
+from backupd.model import LogSink, LogSpan
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+PIECE = 8 << 20
+"""Bytes after which a piece is stored, however young it is."""
+_ANCHOR_EVERY = 0.25
+_REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
+
+ANCHOR = """
+SELECT CASE WHEN pg_is_in_recovery()
+         THEN least(clock_timestamp(), pg_last_xact_replay_timestamp()) ELSE clock_timestamp() END,
+       (CASE WHEN pg_is_in_recovery()
+         THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text
+"""
+"""The clock first, the position second. A standby knows only what it has replayed."""
+SLOT = """
+SELECT restart_lsn::text, active, wal_status = 'lost' FROM pg_replication_slots WHERE slot_name = %s
+"""
+SEGMENT_SIZE = "SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'"
+
+
+def slot_name(source: str) -> str:
+    """A name the server takes: [a-z0-9_], at most 63. A source whose own name is none gets a digest behind it."""
+    plain = re.sub(r"[^a-z0-9_]", "_", source.lower())
+    if plain != source or len(plain) > 40:
+        plain = f"{plain[:40]}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+    return f"backupd_{plain}"
+
+
+# --- where to begin ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where recording goes on."""
+
+    system: str
+    timeline: int
+    position: int
+    gap: str = ""
+    """Why what follows does not continue what is stored; empty where it does."""
+
+    @property
+    def epoch(self) -> str:
+        return f"{self.system}-{self.timeline}"
+
+
+def beginning(
+    since: LogSpan | None, system: System, slot: int, segment: int, fork_of: Callable[[int], int | None]
+) -> Beginning:
+    """Exactly where the repository ends, where that is on this cluster's history; else at the front of the
+    segment that the slot holds. `fork_of(timeline)`: where the server's history left that timeline. Pure."""
+    fresh = slot - slot % segment
+    if since is None:
+        return Beginning(system.identifier, system.timeline, fresh)
+    identifier, timeline = epoch_parts(since.epoch)
+    if identifier != system.identifier:
+        return Beginning(
+            system.identifier, system.timeline, fresh, f"this is another cluster than {identifier}"
+        )
+    if timeline == system.timeline:
+        if since.end > system.position:
+            return Beginning(
+                identifier, timeline, fresh,
+                f"the server is at {position_text(system.position)}, before what was recorded of it",
+            )  # fmt: skip
+        return Beginning(identifier, timeline, since.end)
+    fork = fork_of(timeline)
+    if fork is None or since.end > fork:
+        return Beginning(
+            identifier, system.timeline, fresh, f"the server left timeline {timeline} before its end here"
+        )
+    return Beginning(identifier, timeline, since.end)
+
+
+def fork_of(history: str, timeline: int) -> int | None:
+    """Where a history file says that a timeline was left. Pure."""
+    for line in history.splitlines():
+        fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) >= 2 and fields[0].strip() == str(timeline):
+            return position_of(fields[1].strip())
+    return None
+
+
+def ensure_slot(server: Server, name: str) -> int:
+    """The position that the slot holds; made where it is missing, made anew where its WAL was given up."""
+    with talking(), contextlib.closing(server.connect()) as sql, server.replicate() as wire:
+        found = sql.execute(SLOT, [name]).fetchone()
+        if found is not None and found[2] and not found[1]:
+            wire.drop_slot(name)
+            found = None
+        if found is None:
+            wire.create_slot(name)
+            found = sql.execute(SLOT, [name]).fetchone()
+    if found is None or found[0] is None:
+        raise ServerRefused(
+            f"the replication slot {name} holds no WAL", hint="is it of another kind? drop it"
+        )
+    return position_of(str(found[0]))
+
+
+# --- recording ---------------------------------------------------------------------------------------------
+
+
+class PostgresRecorder:
+    """Implements `model.Recorder` for one server."""
+
+    def __init__(self, server: Callable[[], Server], slot: str, *, interval: float) -> None:
+        self._server = server
+        self._slot = slot
+        self._interval = interval
+
+    def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
+        """Until stopped. Raises ServerRefused, and what the sink raises; what was not stored stays in the slot.
+
+        Where the server has lost WAL that was not stored, tells the gap and goes on behind it.
+        """
+        server = self._server()
+        try:
+            self._record(server, since, sink, stop, gap="")
+        except ServerRefused as error:
+            if not error.log_is_gone or stop.is_set():
+                raise
+            self._record(server, None, sink, stop, gap=error.message)
+
+    def _record(
+        self, server: Server, since: LogSpan | None, sink: LogSink, stop: threading.Event, *, gap: str
+    ) -> None:
+        held = ensure_slot(server, self._slot)
+        with talking(), server.replicate() as wire, contextlib.closing(server.connect()) as sql:
+            system = wire.identify()
+            row = sql.execute(SEGMENT_SIZE).fetchone()
+            segment = int(row[0]) if row else 16 << 20
+            history = wire.timeline_history(system.timeline)
+            start = beginning(since, system, held, segment, lambda timeline: fork_of(history, timeline))
+            if gap or start.gap:
+                sink.gap(gap or start.gap)
+            _Flow(wire, sql, sink, self._slot, self._interval).run(start, stop)
+
+
+class _Flow:
+    """One stream of WAL on its way into a sink."""
+
+    def __init__(
+        self, wire: Replication, sql: Connection[tuple[Any, ...]], sink: LogSink, slot: str, interval: float
+    ) -> None:
+        self._wire = wire
+        self._sql = sql
+        self._sink = sink
+        self._slot = slot
+        self._interval = interval
+        self._waiting: list[memoryview] = []
+        self._size = 0
+        self._since = 0.0  # when the first of what waits came
+        self._stored = 0  # position
+        self._anchored = 0.0
+
+    def run(self, start: Beginning, stop: threading.Event) -> None:
+        """Until stopped, through every change of timeline."""
+        system, timeline, position = start.system, start.timeline, start.position
+        while True:
+            self._sink.begin(f"{system}-{timeline}", position)
+            self._stored = position
+            if self._wire.start(self._slot, position, timeline):
+                self._wire.report(position)
+                if self._stream(stop):
+                    return
+            timeline, position = self._wire.next_timeline()
+
+    def _stream(self, stop: threading.Event) -> bool:
+        """True when told to stop, False when the timeline has ended."""
+        tick = min(self._interval, _ANCHOR_EVERY)
+        reported = time.monotonic()
+        while not stop.is_set():
+            self._anchor(tick)
+            data = self._wire.receive(tick)
+            now = time.monotonic()
+            if data is None:
+                self._store()
+                return False
+            if data:
+                self._since = self._since if self._waiting else now
+                self._waiting.append(data)
+                self._size += len(data)
+            if self._size >= PIECE or (self._waiting and now - self._since >= self._interval):
+                self._store()
+                reported = now
+            elif now - reported >= _REPORT_EVERY:
+                self._wire.report(self._stored)
+                reported = now
+        self._store()
+        return True
+
+    def _anchor(self, tick: float) -> None:
+        now = time.monotonic()
+        if now - self._anchored < tick:
+            return
+        self._anchored = now
+        row = self._sql.execute(ANCHOR).fetchone()
+        if row is not None and row[0] is not None and row[1] is not None:
+            self._sink.anchor(row[0].astimezone(UTC), position_of(row[1]))
+
+    def _store(self) -> None:
+        if not self._waiting:
+            return
+        data = b"".join(self._waiting)
+        self._sink.piece(self._stored, self._stored + len(data), data)
+        self._waiting.clear()
+        self._size = 0
+        self._stored += len(data)
+        self._wire.report(self._stored)
