@@ -74,6 +74,8 @@ class PruneReport:
     """Of new packs and manifests; in a dry run, an estimate."""
     bytes_waiting: int = 0
     """Of packs that nothing needs any more, repacked now or before: a prune a day after that removes them."""
+    logs_removed: int = 0
+    """Objects of logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,9 @@ def prune(
         plan = plan_prune(repository, policies, now=clock(), max_unused=max_unused)
         waiting = sum(size for _, _, size in (*plan.waiting, *plan.repack))
         return PruneReport(
-            list(plan.verdicts), 0, plan.bytes_freed, len(plan.repack), plan.bytes_rewritten, waiting
-        )
+            list(plan.verdicts), 0, plan.bytes_freed, len(plan.repack), plan.bytes_rewritten, waiting,
+            len(plan.logs),
+        )  # fmt: skip
     report = PruneReport()
     for source, policy in sorted(policies.items()):
         progress.stage(f"{source}: pruning")
@@ -305,6 +308,7 @@ def _remove_logs(
         repository.remove_log(span, lease)
         report.objects_removed += 1
         report.bytes_freed += span.size
+        report.logs_removed += 1
         progress.advance(span.size, 1)
     for mark in logs.marks:
         repository.remove_log(mark, lease)

@@ -385,9 +385,11 @@ def test_no_policy_no_point_and_a_dry_run_remove_nothing(protected: Protected) -
     days(protected, 5)
     before = protected.repository.logs("acc")
     prune_now(protected)
-    prune(protected.repository, {"acc": Policy(pitr=DAY)}, clock=lambda: protected.account.now, dry_run=True,
-          progress=Silence())  # fmt: skip
+    told = prune(protected.repository, {"acc": Policy(pitr=DAY)}, clock=lambda: protected.account.now, dry_run=True,
+                 progress=Silence())  # fmt: skip
     assert protected.repository.logs("acc") == before
+    done = prune_now(protected, pitr=DAY)
+    assert (done.logs_removed, done.bytes_freed) == (told.logs_removed, told.bytes_freed)
     assert needless([], Policy(pitr=DAY), chains(*before), now=protected.account.now + 100 * DAY) == []
 
 
