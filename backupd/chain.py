@@ -1,25 +1,30 @@
 """What a source's log reaches: spans into chains, and which of them a restore replays. Pure.
 
-A chain is a stretch of one epoch without a hole. Spans may overlap, one may lie in another: compaction writes the
-large one before it removes the small ones.
+A chain is a stretch of log without a hole, across epochs where one continues another (a new timeline). Spans may
+overlap, one may lie in another: compaction writes the large one before it removes the small ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
+from typing import TypeAlias
 
-from backupd.model import Json, LogGap, LogSpan, RecoveryPoint
+from backupd.model import Json, LogMark, LogSpan, RecoveryPoint
 
 SLACK = timedelta(seconds=1)
 """A commit may be written a few milliseconds after it took its time: so much more of the log is replayed from."""
 
 
+Place: TypeAlias = "tuple[str, str, int]"
+"""Source, epoch, position."""
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The log that a restore of a point cannot do without."""
+    """[start, end) of an epoch: the log that a restore of a point cannot do without; a part of a chain."""
 
     epoch: str
     start: int
@@ -28,14 +33,20 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """[start, end) of one epoch, without a hole."""
+    """[start, end) of a log, without a hole."""
 
     source: str
-    epoch: str
     start: int
     end: int
     spans: tuple[LogSpan, ...]
     """Sorted by start; never empty."""
+    parts: tuple[Need, ...]
+    """Of which epoch what is: mostly one."""
+
+    @property
+    def epoch(self) -> str:
+        """The one it ends with."""
+        return self.parts[-1].epoch
 
     @property
     def reach(self) -> datetime | None:
@@ -44,11 +55,11 @@ class Chain:
 
     def holds(self, need: Need) -> bool:
         """At least where it begins."""
-        return need.epoch == self.epoch and self.start <= need.start <= self.end
+        return any(p.epoch == need.epoch and p.start <= need.start <= p.end for p in self.parts)
 
     def covers(self, need: Need) -> bool:
         """All of it."""
-        return need.epoch == self.epoch and self.start <= need.start and need.end <= self.end
+        return need.end <= self.end and self.holds(need)
 
 
 def need_of(point: RecoveryPoint) -> Need | None:
@@ -64,9 +75,9 @@ def need_in(attributes: Mapping[str, Json]) -> Need | None:
     return None
 
 
-def chains(spans: Iterable[LogSpan], gaps: Iterable[LogGap] = ()) -> list[Chain]:
-    """Sorted by source, epoch and start. No chain goes across a gap."""
-    cuts = {(gap.source, gap.epoch, gap.position) for gap in gaps}
+def stretches(spans: Iterable[LogSpan], marks: Iterable[LogMark] = ()) -> list[Chain]:
+    """The chains within each epoch, sorted by source, epoch and start. None goes across a gap."""
+    cuts = {(mark.source, mark.epoch, mark.position) for mark in marks if not mark.after}
     found: list[Chain] = []
     ordered = sorted(spans, key=lambda s: (s.source, s.epoch, s.start, s.end))
     for (source, epoch), group in groupby(ordered, key=lambda s: (s.source, s.epoch)):
@@ -76,11 +87,55 @@ def chains(spans: Iterable[LogSpan], gaps: Iterable[LogGap] = ()) -> list[Chain]
             # An anchor alone, at a gap, belongs to what was before it.
             cut = span.start == end < span.end and (source, epoch, end) in cuts
             if run and (span.start > end or cut):
-                found.append(Chain(source, epoch, run[0].start, end, tuple(run)))
+                found.append(_stretch(run, end))
                 run = []
             end = max(end, span.end) if run else span.end
             run.append(span)
-        found.append(Chain(source, epoch, run[0].start, end, tuple(run)))
+        found.append(_stretch(run, end))
+    return found
+
+
+def _stretch(run: list[LogSpan], end: int) -> Chain:
+    first = run[0]
+    return Chain(first.source, first.start, end, tuple(run), (Need(first.epoch, first.start, end),))
+
+
+def chains(spans: Iterable[LogSpan], marks: Iterable[LogMark] = ()) -> list[Chain]:
+    """As `stretches`, those of an epoch that continues another put behind it."""
+    held = list(marks)
+    found = stretches(spans, held)
+    cuts = {(mark.source, mark.epoch, mark.position) for mark in held if not mark.after}
+    links = {(m.source, m.after, m.position): m for m in held if m.after}
+    links = {before: m for before, m in links.items() if before not in cuts}
+    begins = {(c.source, c.epoch, c.start): c for c in found if (c.source, c.epoch, c.start) not in cuts}
+    continued = _continued(links, {(c.source, c.epoch, c.end) for c in found})
+    linked = []
+    for chain in found:
+        begin = (chain.source, chain.epoch, chain.start)
+        if begin in continued and begin in begins:
+            continue  # it stands behind another
+        whole, seen = chain, {chain.epoch}
+        while (mark := links.get((whole.source, whole.epoch, whole.end))) and mark.epoch not in seen:
+            seen.add(mark.epoch)
+            after = begins.get((mark.source, mark.epoch, mark.position))
+            whole = Chain(
+                whole.source, whole.start, after.end if after else whole.end,
+                whole.spans + (after.spans if after else ()),
+                (*whole.parts, *(after.parts if after else (Need(mark.epoch, whole.end, whole.end),))),
+            )  # fmt: skip
+        linked.append(whole)
+    return linked
+
+
+def _continued(links: Mapping[Place, LogMark], ends: set[Place]) -> set[Place]:
+    """Where epochs begin behind a stretch that is there, also by way of epochs of which nothing was stored."""
+    found: set[Place] = set()
+    reached = set(ends)
+    while (
+        new := {(m.source, m.epoch, m.position) for before, m in links.items() if before in reached} - found
+    ):
+        found |= new
+        reached |= new
     return found
 
 
@@ -96,6 +151,15 @@ def needs_base(points: Iterable[RecoveryPoint], among: Sequence[Chain], epoch: s
     """Whether what is recorded from this position on continues no point: then nothing of it could be restored."""
     held = [chain for chain in among if chain.epoch == epoch and chain.end == position]
     return not any(chain_of(point, held[-1:]) for point in points)
+
+
+def still_there(chain_spans: Sequence[LogSpan], among: Iterable[Chain]) -> tuple[LogSpan, ...]:
+    """What holds the same log now: compaction may have put it together. Empty where there is no such chain."""
+    first, last = chain_spans[0], chain_spans[-1]
+    for chain in among:
+        if chain.covers(Need(first.epoch, first.start, last.end)):
+            return chain.spans
+    return ()
 
 
 def interval(point: RecoveryPoint, chain: Chain) -> tuple[datetime, datetime]:
@@ -138,17 +202,17 @@ def newest(spans: Iterable[LogSpan]) -> LogSpan | None:
     return max((s for s in held if s.epoch == last.epoch), key=lambda s: s.end)
 
 
-def cuts_left_by(chain: Chain, removed: Iterable[LogSpan]) -> list[int]:
-    """Positions behind which the log is gone when these spans are: the lower edges of the holes."""
-    gone = {(s.start, s.end, s.anchor) for s in removed}
+def cuts_left_by(stretch: Chain, removed: Collection[LogSpan], *, continues: bool = False) -> list[int]:
+    """Positions behind which the log is gone when these spans are: the lower edges of the holes. `continues`: the
+    epoch's beginning continues another, and is such an edge itself."""
     cuts: list[int] = []
-    end: int | None = None
-    for span in chain.spans:
-        if (span.start, span.end, span.anchor) in gone:
+    end: int | None = stretch.start if continues else None
+    for span in stretch.spans:
+        if span in removed:
             continue
         if end is not None and span.start > end:
             cuts.append(end)
         end = max(end or 0, span.end)
-    if end is not None and end < chain.end:
+    if end is not None and end < stretch.end:
         cuts.append(end)
     return cuts

@@ -156,20 +156,24 @@ class LogSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class LogGap:
-    """No restore replays a log across this position: what followed was lost, or its times cannot be trusted."""
+class LogMark:
+    """What happened at a position of a log."""
 
     source: str
     epoch: str
     position: int
+    after: str = ""
+    """The epoch that this one continues here. Empty: a gap. No restore replays a log across one: what followed was
+    lost, or its times cannot be trusted."""
 
 
 class LogSink(Protocol):
     """Where a recorder puts what it reads."""
 
     def begin(self, epoch: str, position: int) -> None:
-        """What follows belongs to this epoch and begins there. Raises StoreError where more of it is stored
-        already: a log that was rewritten."""
+        """What follows belongs to this epoch and begins there. Another epoch that begins where the one before ended,
+        without a gap between, continues it. Raises StoreError where more of the epoch is stored already: its log was
+        rewritten."""
 
     def piece(self, start: int, end: int, data: bytes) -> None:
         """Durable when it returns; only then may the source let it go. Each piece begins where the one before

@@ -21,10 +21,10 @@ from datetime import datetime, timedelta
 from backupd.archive.compact import compact
 from backupd.archive.repack import Choice, choose
 from backupd.archive.usage import Usage, measure
-from backupd.chain import chains, cuts_left_by
+from backupd.chain import chains, cuts_left_by, stretches
 from backupd.errors import Damaged, NoRecoveryPoint, StoreError
-from backupd.logs import mark_gap
-from backupd.model import Clock, Lease, LogGap, LogSpan, ObjectInfo, Progress
+from backupd.logs import put_mark
+from backupd.model import Clock, Lease, LogMark, LogSpan, ObjectInfo, Progress
 from backupd.repository import Manifest, Repository
 from backupd.retention import Policy, Verdict, decide, needless
 
@@ -74,6 +74,8 @@ class PruneReport:
     """Of new packs and manifests; in a dry run, an estimate."""
     bytes_waiting: int = 0
     """Of packs that nothing needs any more, repacked now or before: a prune a day after that removes them."""
+    logs_removed: int = 0
+    """Objects of logs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,9 @@ class LogsPlan:
 
     remove: tuple[LogSpan, ...] = ()
     """Lowest first."""
-    cuts: tuple[LogGap, ...] = ()
+    cuts: tuple[LogMark, ...] = ()
     """Marks that say of each hole this makes that it is none that happened."""
-    marks: tuple[LogGap, ...] = ()
+    marks: tuple[LogMark, ...] = ()
     """Old ones, with nothing before them any more."""
 
 
@@ -149,8 +151,9 @@ def prune(
         plan = plan_prune(repository, policies, now=clock(), max_unused=max_unused)
         waiting = sum(size for _, _, size in (*plan.waiting, *plan.repack))
         return PruneReport(
-            list(plan.verdicts), 0, plan.bytes_freed, len(plan.repack), plan.bytes_rewritten, waiting
-        )
+            list(plan.verdicts), 0, plan.bytes_freed, len(plan.repack), plan.bytes_rewritten, waiting,
+            len(plan.logs),
+        )  # fmt: skip
     report = PruneReport()
     for source, policy in sorted(policies.items()):
         progress.stage(f"{source}: pruning")
@@ -168,8 +171,8 @@ def _plan_source(
 ) -> _SourcePlan:
     # Packs are listed before manifests: a pack that comes between the two listings is not in ours.
     objects = dict(repository.packs(source))
-    spans, gaps = repository.logs(source)
-    found = chains(spans, gaps)
+    spans, marks = repository.logs(source)
+    found = chains(spans, marks)
     try:
         manifests = repository.manifests(source)
     except Damaged as error:
@@ -191,26 +194,33 @@ def _plan_source(
         freed = sum(size for _, _, size in packs)
         choice = choose(usage.uses, usage.index, freed=freed, max_unused=max_unused)
     remove = needless([manifest.point for manifest in kept], policy, found, now=now)
-    logs = plan_logs(spans, gaps, remove)
+    logs = plan_logs(spans, marks, remove)
     return _SourcePlan(source, verdicts, kept, objects, packs, waiting, usage, choice, logs)
 
 
-def plan_logs(spans: Sequence[LogSpan], gaps: Sequence[LogGap], remove: Sequence[LogSpan]) -> LogsPlan:
+def plan_logs(spans: Sequence[LogSpan], marks: Sequence[LogMark], remove: Sequence[LogSpan]) -> LogsPlan:
     """Removing these spans, with the marks that tell the holes they leave from losses."""
     if not remove:
         return LogsPlan()
     gone = set(remove)
-    left = {(span.epoch, span.end) for span in spans if span not in gone}
+    left = [span for span in spans if span not in gone]
+    ends = {(span.epoch, span.end) for span in left}
+    # Where an epoch continues another of which nothing is left, that is of no use any more.
+    links = {(m.epoch, m.position) for m in marks if m.after and (m.after, m.position) in ends}
     cuts = [
-        LogGap(chain.source, chain.epoch, position)
-        for chain in chains(spans, gaps)
-        for position in cuts_left_by(chain, remove)
+        LogMark(stretch.source, stretch.epoch, position)
+        for stretch in stretches(spans, marks)
+        for position in cuts_left_by(stretch, gone, continues=(stretch.epoch, stretch.start) in links)
     ]
-    new = [cut for cut in cuts if cut not in gaps]
+    useless = [
+        m
+        for m in marks
+        if (m.epoch, m.position) not in links and (m.after or (m.epoch, m.position) not in ends)
+    ]
     return LogsPlan(
         tuple(sorted(remove, key=lambda s: (s.epoch, s.start, s.end))),
-        tuple(new),
-        tuple(gap for gap in gaps if (gap.epoch, gap.position) not in left),
+        tuple(cut for cut in cuts if cut not in marks),
+        tuple(useless),
     )
 
 
@@ -293,11 +303,12 @@ def _remove_logs(
 ) -> None:
     """A mark before the hole that it explains; what is left of a hole begun explains itself."""
     for cut in logs.cuts:
-        mark_gap(repository, cut, "pruned")
+        put_mark(repository, cut, "pruned")
     for span in logs.remove:
         repository.remove_log(span, lease)
         report.objects_removed += 1
         report.bytes_freed += span.size
+        report.logs_removed += 1
         progress.advance(span.size, 1)
     for mark in logs.marks:
         repository.remove_log(mark, lease)

@@ -6,7 +6,7 @@ Layout (FORMAT.md has every byte):
     RECOVER.md, recover.py                           how to get everything back without backupd
     packs/<source>/<point-id>/<nnnn>.zst             rows of frames, each with its directory at its end
     points/<source>/<start-utc>-<point-id>.json.zst  manifests: stored last, the only commit
-    logs/<source>/<epoch>/<start>-<end>-<anchor>.zst pieces of a continuous source's log; <anchor> `gap`: a cut
+    logs/<source>/<epoch>/<start>-<end>-<anchor>.zst pieces of a continuous source's log, and marks
     leases/<name>.json                               who may delete
 """
 
@@ -28,7 +28,7 @@ from backupd.model import (
     Bytes,
     Clock,
     Lease,
-    LogGap,
+    LogMark,
     LogSpan,
     ObjectInfo,
     PointKind,
@@ -42,7 +42,7 @@ _SOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _POINT_KEY = re.compile(r"points/([^/]+)/(\d{8}T\d{6}Z)-([0-9a-f]{12})\.json\.zst")
 _PACK_KEY = re.compile(r"packs/([^/]+)/([0-9a-f]{12}/\d{4,})\.zst")
 _LOG_KEY = re.compile(
-    r"logs/([^/]+)/([A-Za-z0-9-]+)/([0-9a-f]{16})-([0-9a-f]{16})-(\d{8}T\d{6}\.\d{6}Z|none|gap)\.zst"
+    r"logs/([^/]+)/([A-Za-z0-9-]+)/([0-9a-f]{16})-([0-9a-f]{16})-(\d{8}T\d{6}\.\d{6}Z|none|gap|after-[A-Za-z0-9-]+)\.zst"
 )
 _STAMP = "%Y%m%dT%H%M%SZ"
 _ANCHOR = "%Y%m%dT%H%M%S.%fZ"
@@ -283,27 +283,27 @@ class Repository:
 
     # --- logs -----------------------------------------------------------------------------------------
 
-    def put_log(self, span: LogSpan | LogGap, data: Bytes) -> None:
+    def put_log(self, span: LogSpan | LogMark, data: Bytes) -> None:
         """Raises ObjectExists where there is one of the same positions and anchor."""
         self.store.put(log_key(span), data)
 
-    def logs(self, source: str) -> tuple[list[LogSpan], list[LogGap]]:
+    def logs(self, source: str) -> tuple[list[LogSpan], list[LogMark]]:
         """Everything of a source's log, by a listing alone; sorted by epoch, then start."""
         spans: list[LogSpan] = []
-        gaps: list[LogGap] = []
+        marks: list[LogMark] = []
         for info in self.store.list(f"logs/{check_source(source)}/"):
             found = _parse_log_key(info)
             if isinstance(found, LogSpan):
                 spans.append(found)
             elif found is not None:
-                gaps.append(found)
-        return spans, gaps
+                marks.append(found)
+        return spans, marks
 
-    def read_log(self, span: LogSpan | LogGap, *, length: int | None = None) -> bytes:
+    def read_log(self, span: LogSpan | LogMark, *, length: int | None = None) -> bytes:
         """The first `length` bytes as stored, or all. Raises ObjectMissing: compaction or prune may have been by."""
         return self.store.get(log_key(span), length=length)
 
-    def remove_log(self, span: LogSpan | LogGap, lease: Lease) -> None:
+    def remove_log(self, span: LogSpan | LogMark, lease: Lease) -> None:
         lease.check()
         self.store.delete(log_key(span))
 
@@ -333,11 +333,11 @@ def pack_key(source: str, name: str) -> str:
     return f"packs/{check_source(source)}/{name}.zst"
 
 
-def log_key(log: LogSpan | LogGap) -> str:
+def log_key(log: LogSpan | LogMark) -> str:
     """Raises UsageError where the epoch cannot be part of a key."""
-    if isinstance(log, LogGap):
+    if isinstance(log, LogMark):
         start = end = log.position
-        anchor = "gap"
+        anchor = f"after-{log.after}" if log.after else "gap"
     else:
         start, end = log.start, log.end
         anchor = log.anchor.at.astimezone(UTC).strftime(_ANCHOR) if log.anchor else "none"
@@ -347,14 +347,14 @@ def log_key(log: LogSpan | LogGap) -> str:
     return key
 
 
-def _parse_log_key(info: ObjectInfo) -> LogSpan | LogGap | None:
+def _parse_log_key(info: ObjectInfo) -> LogSpan | LogMark | None:
     """None for what is not ours."""
     match = _LOG_KEY.fullmatch(info.key)
     if match is None:
         return None
     source, epoch, start, end, text = match[1], match[2], int(match[3], 16), int(match[4], 16), match[5]
-    if text == "gap":
-        return LogGap(source, epoch, start)
+    if text == "gap" or text.startswith("after-"):
+        return LogMark(source, epoch, start, text.removeprefix("after-") if text != "gap" else "")
     anchor = None
     if text != "none":
         try:

@@ -225,7 +225,7 @@ def _keep_window(
         if p.instant >= horizon:
             reasons[p.id].append("pitr")
         elif chain is not None and interval(p, chain)[1] >= horizon:
-            begins[chain.epoch, chain.start] = p  # sorted by instant: the newest stays
+            begins[chain.parts[0].epoch, chain.start] = p  # sorted by instant: the newest stays
     for p in begins.values():
         reasons[p.id].append("pitr: the window begins with it")
 

@@ -20,7 +20,7 @@ from backupd.archive.earlier import load_directory, read_page
 from backupd.archive.pack import Directory
 from backupd.archive.page import CONTENT, MODE, NAME, SIZE, extra_of, is_file
 from backupd.archive.parallel import Span, in_order, read_frames, spans
-from backupd.chain import Chain, chains
+from backupd.chain import Chain, chains, still_there, stretches
 from backupd.errors import BackupdError, Damaged, ObjectMissing, StoreError
 from backupd.logs import check, check_log, read_span
 from backupd.model import LogSpan, Progress, RecoveryPoint
@@ -184,9 +184,9 @@ class _Source:
 
     def _check_log(self, points: Sequence[RecoveryPoint], data_percent: float) -> None:
         """Listed after the manifests were: what they need was stored before them."""
-        spans, gaps = self._repository.logs(self._source)
-        found = chains(spans, gaps)
-        for problem in (*check.missing(found, gaps), *check.unreachable(points, found)):
+        spans, marks = self._repository.logs(self._source)
+        found = chains(spans, marks)
+        for problem in (*check.missing(stretches(spans, marks), marks), *check.unreachable(points, found)):
             self._problem(problem)
         pieces = [(chain, span) for chain in found for span in chain.spans]
         self._each(pieces, lambda piece: self._check_piece(*piece))
@@ -208,13 +208,12 @@ class _Source:
         except Damaged as error:
             raise _Finding(f"{error.message}; {check.last_before(chain, span)}", "") from None
         except ObjectMissing:
-            return self._put_together(chain, span)
+            return self._put_together(span)
         return self._count(header.length)
 
-    def _put_together(self, chain: Chain, span: LogSpan) -> None:
+    def _put_together(self, span: LogSpan) -> None:
         """Gone since it was listed: compaction has another object in its place, prune none any more."""
-        now = chains(*self._repository.logs(self._source))
-        if not any(c.epoch == chain.epoch and c.start <= span.start and span.end <= c.end for c in now):
+        if not still_there([span], chains(*self._repository.logs(self._source))):
             self._report.notes.append(f"{self._source}: {log_key(span)} was removed while it was verified")
 
     def _check_pair(self, one: LogSpan, other: LogSpan) -> None:

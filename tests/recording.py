@@ -36,11 +36,20 @@ _1970 = datetime(1970, 1, 1, tzinfo=UTC)
 class Account:
     """The server. Its log is kept from `kept` on, as a slot would."""
 
-    epoch: str = "acc-1"
+    epochs: list[tuple[str, int]] = field(default_factory=lambda: [("acc-1", 0)])
+    """Each with the position where it began."""
     log: bytearray = field(default_factory=bytearray)
     kept: int = 0
     now: datetime = datetime(2026, 3, 1, 12, tzinfo=UTC)
     breaks: str = ""
+
+    @property
+    def epoch(self) -> str:
+        return self.epochs[-1][0]
+
+    def promote(self) -> None:
+        """A new epoch continues the one before, as a timeline does."""
+        self.epochs.append((f"acc-{len(self.epochs) + 1}", len(self.log)))
 
     def move(self, at: datetime | None = None) -> datetime:
         """A movement, acknowledged at the instant returned."""
@@ -123,12 +132,13 @@ class AccountRecorder:
         if account.breaks:
             raise RuntimeError(account.breaks)
         position = account.kept
-        if since is not None and since.epoch == account.epoch:
-            position = since.end
+        self.epoch = len(account.epochs) - 1
+        if since is not None:
+            position, self.epoch = since.end, [epoch for epoch, _ in account.epochs].index(since.epoch)
             if position < account.kept:
                 sink.gap(f"the log is kept from {account.kept:x} on")
-                position = account.kept
-        sink.begin(account.epoch, position)
+                position, self.epoch = account.kept, len(account.epochs) - 1
+        sink.begin(account.epochs[self.epoch][0], position)
         while True:
             position = self.once(sink, position)
             if stop.wait(self.interval):
@@ -136,12 +146,19 @@ class AccountRecorder:
                 return
 
     def once(self, sink: LogSink, position: int) -> int:
-        """What came since."""
+        """What came since, through every change of the epoch."""
         account = self.account
         if account.breaks:
             raise RuntimeError(account.breaks)
-        now, end = account.now, len(account.log)
-        sink.anchor(now + timedelta(microseconds=1), end)
-        if end > position:
-            sink.piece(position, end, bytes(account.log[position:end]))
-        return end
+        now, last = account.now, len(account.log)
+        sink.anchor(now + timedelta(microseconds=1), last)
+        while True:
+            ended = self.epoch + 1 < len(account.epochs)
+            end = account.epochs[self.epoch + 1][1] if ended else last
+            if end > position:
+                sink.piece(position, end, bytes(account.log[position:end]))
+            if not ended:
+                return max(end, position)
+            self.epoch += 1
+            position = max(end, position)
+            sink.begin(account.epochs[self.epoch][0], position)

@@ -19,7 +19,7 @@ from backupd.codec import ZstdCodec
 from backupd.errors import Damaged, Locked, StoreError, UsageError
 from backupd.logs import LogWriter, check_log, compact_logs, read_logs, read_span
 from backupd.logs.piece import FRAME, Header, decode, decode_header, encode
-from backupd.model import Anchor, Bytes, LogGap, LogSpan, Silence
+from backupd.model import Anchor, Bytes, LogMark, LogSpan, Silence
 from backupd.repository import Repository, log_key
 from backupd.stores import LocalStore, MemoryStore
 
@@ -105,8 +105,10 @@ def test_a_listing_tells_everything_of_a_span(
     start, end = sorted([one, other])
     span = LogSpan("db", epoch, start, end, Anchor(when, end) if when else None, 3)
     repository.put_log(span, b"abc")
-    repository.put_log(LogGap("db", epoch, end), b"")
-    assert repository.logs("db") == ([span], [LogGap("db", epoch, end)])
+    marks = [LogMark("db", epoch, end, "other-1"), LogMark("db", epoch, end)]
+    for mark in marks:
+        repository.put_log(mark, b"")
+    assert repository.logs("db") == ([span], marks)
 
 
 @pytest.mark.parametrize("epoch", ["", "a/b", "a.b", "..", "a b", "ü"])
@@ -192,7 +194,7 @@ def test_logs_of_format_1_are_read(tmp_path: Path) -> None:
         (EPOCH, 0x2800, 0x2800, at(0x2801)),
         (EPOCH, 0x3000, 0x3100, at(0x3100)),
     ]
-    assert gaps == [LogGap("db", EPOCH, 0x2800)]
+    assert gaps == [LogMark("db", EPOCH, 0x2800)]
     assert read_back(repository) == {0x1000: content(0x1000, 0x2800), 0x3000: content(0x3000, 0x3100)}
     assert check_log(repository, spans[0]).anchors == (Anchor(at(0x2000), 0x2000),)
 
@@ -354,7 +356,7 @@ def test_beginning_further_on_leaves_a_mark_and_further_back_is_refused(engine: 
     with pytest.raises(StoreError, match="goes back"):
         sink.begin(EPOCH, 50)
     sink.begin(EPOCH, 300)
-    assert engine.repository.logs("db")[1] == [LogGap("db", EPOCH, 100)]
+    assert engine.repository.logs("db")[1] == [LogMark("db", EPOCH, 100)]
 
 
 def test_a_new_epoch_may_begin_anywhere(engine: Engine) -> None:

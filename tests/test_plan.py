@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backupd.chain import chains, cover, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
-from backupd.model import Anchor, Json, LogGap, LogSpan, PointKind, RecoveryPoint
+from backupd.model import Anchor, Json, LogMark, LogSpan, PointKind, RecoveryPoint
 from backupd.plan import LATEST, format_instant, parse_at, plan_point, plan_restore, windows
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -268,7 +268,7 @@ def test_a_window_is_cut_at_holes_gaps_and_epochs() -> None:
         based("a", at(7), 50, 55),
         based("a", at(10), 1, 9, "f"),
     ]
-    found = windows(points, chains(spans, [LogGap("a", "e", 20)]))["a"]
+    found = windows(points, chains(spans, [LogMark("a", "e", 20)]))["a"]
     assert found.bars == ((at(1), at(2)), (at(3), at(4)), (at(7), at(8)), (at(10), at(11)))
     for hour in (2, 3, 4, 7, 8, 10, 11):
         assert found.at(at(hour))
@@ -322,7 +322,7 @@ spans = st.builds(
 @given(st.lists(spans, max_size=25), st.sets(st.integers(0, 50), max_size=3))
 def test_chains_hold_every_span_once_and_a_cover_has_no_hole(held: list[LogSpan], cuts: set[int]) -> None:
     """Whatever overlaps or lies in one another; and no two chains of an epoch touch but at a cut."""
-    found = chains(held, [LogGap("a", "e", cut) for cut in cuts])
+    found = chains(held, [LogMark("a", "e", cut) for cut in cuts])
     assert sorted(s.start for c in found for s in c.spans) == sorted(s.start for s in held)
     for one, other in itertools.pairwise(found):
         assert one.end < other.start or (one.end == other.start and one.end in cuts)

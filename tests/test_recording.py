@@ -15,12 +15,12 @@ from recording import RECORD, Account, AccountDriver, AccountRecorder
 
 from backupd import backup
 from backupd.backup import back_up
-from backupd.chain import chains, need_of, newest
+from backupd.chain import chains, need_of, needs_base, newest
 from backupd.errors import Damaged, NoRecoveryPoint, UsageError
 from backupd.logs import LOG_FOLDER, LogWriter, compact_logs
 from backupd.logs.piece import encode
 from backupd.model import Container, ContainerSpec, LogSpan, RunStatus, Silence
-from backupd.plan import LATEST, RestorePlan, plan_point, plan_restore
+from backupd.plan import LATEST, RestorePlan, plan_point, plan_restore, windows
 from backupd.prune import PruneReport, prune
 from backupd.repository import Repository, log_key
 from backupd.restore import RestoreReport, Work, restore_to_directory, restore_to_sandbox
@@ -219,6 +219,52 @@ def test_into_a_directory_the_log_lies_beside_the_files(protected: Protected, tm
     assert LOG_FOLDER in report.restored[0].warnings[0]
 
 
+def test_a_new_epoch_that_continues_the_one_before_is_no_hole(protected: Protected) -> None:
+    """A new timeline: while it is recorded, and while nobody was there."""
+    account = protected.account
+    for _ in range(2):
+        account.promote()
+        account.move()
+        protected.record()
+        account.move()
+        account.promote()
+        protected.record()
+    assert protected.restored(LATEST) == list(range(30))
+    plan = protected.plan(LATEST)
+    assert list(dict.fromkeys(s.epoch for s in plan.steps[0].logs)) == ["acc-1", "acc-2", "acc-4"]
+    assert (
+        len(windows(protected.repository.points(), chains(*protected.repository.logs("acc")))["acc"].bars)
+        == 1
+    )
+    compact_logs(protected.repository, "acc", progress=Silence())
+    assert protected.restored(LATEST) == list(range(30))
+    protected.restore(plan)
+    assert protected.driver.restored["acc"] == list(range(30))
+    found = chains(*protected.repository.logs("acc"))
+    assert not needs_base(protected.repository.points(), found, "acc-5", len(account.log))
+    assert sound(protected) == []
+
+
+def test_an_epoch_behind_a_gap_continues_nothing(protected: Protected) -> None:
+    account, repository = protected.account, protected.repository
+    sink = LogWriter(repository, "acc")
+    sink.begin("acc-1", len(account.log))
+    sink.gap("another cluster")
+    sink.begin("other-1", len(account.log))
+    sink.piece(len(account.log), len(account.log) + 16, bytes(16))
+    assert [c.epoch for c in chains(*repository.logs("acc"))] == ["acc-1", "other-1"]
+
+
+def test_a_first_object_of_a_new_epoch_that_is_lost_is_named(protected: Protected) -> None:
+    protected.account.promote()
+    for _ in range(2):
+        protected.account.move()
+        protected.record()
+    first = next(s for s in protected.repository.logs("acc")[0] if s.epoch == "acc-2")
+    protected.repository.store.delete(log_key(first))
+    assert any(f"acc-2 is missing from {first.start:x}" in problem for problem in sound(protected))
+
+
 def test_whatever_happens_meanwhile_what_was_acknowledged_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Movements, recordings, bases and compactions in any order, lost slots; then any instant of the window."""
     monkeypatch.setattr(backup, "_LOG_PATIENCE", 0.0)
@@ -232,6 +278,8 @@ def test_whatever_happens_meanwhile_what_was_acknowledged_comes_back(monkeypatch
                     compact_logs(made.repository, "acc", progress=Silence())
                 case 2 if seed % 3 == 0:
                     made.account.kept = len(made.account.log)
+                case 2 if seed % 3 == 1:
+                    made.account.promote()
                 case 3 | 4 | 5:
                     made.record()
                 case _:
@@ -337,9 +385,11 @@ def test_no_policy_no_point_and_a_dry_run_remove_nothing(protected: Protected) -
     days(protected, 5)
     before = protected.repository.logs("acc")
     prune_now(protected)
-    prune(protected.repository, {"acc": Policy(pitr=DAY)}, clock=lambda: protected.account.now, dry_run=True,
-          progress=Silence())  # fmt: skip
+    told = prune(protected.repository, {"acc": Policy(pitr=DAY)}, clock=lambda: protected.account.now, dry_run=True,
+                 progress=Silence())  # fmt: skip
     assert protected.repository.logs("acc") == before
+    done = prune_now(protected, pitr=DAY)
+    assert (done.logs_removed, done.bytes_freed) == (told.logs_removed, told.bytes_freed)
     assert needless([], Policy(pitr=DAY), chains(*before), now=protected.account.now + 100 * DAY) == []
 
 
@@ -350,7 +400,9 @@ def test_a_prune_that_dies_at_any_step_breaks_no_point_and_looks_like_no_loss(
     for step in range(40):
         made = Protected()
         made.record()
-        days(made, 6)
+        for _ in range(3):
+            days(made, 2)
+            made.account.promote()
         store, left = made.repository.store, step
         delete, put = store.delete, store.put
 

@@ -40,6 +40,10 @@ def prune_command(session: Session, dry_run: bool, max_unused: str | None) -> in
     gone = sum(not v.keep for v in report.verdicts)
     would = "would be" if dry_run else "were"
     print(f"{gone} of {len(report.verdicts)} points {would} removed, {size(report.bytes_freed)} freed")
+    if report.logs_removed:
+        print(
+            f"{report.logs_removed} objects of logs {would} removed: no kept point and no window needs them"
+        )
     if report.packs_repacked:
         print(f"{report.packs_repacked} packs {would} repacked, {size(report.bytes_rewritten)} written")
     if report.bytes_waiting:

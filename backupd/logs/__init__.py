@@ -12,7 +12,7 @@ from backupd.logs.read import (
     wait_for_logs,
     write_logs,
 )
-from backupd.logs.writer import LogWriter, Recorded, mark_gap
+from backupd.logs.writer import LogWriter, Recorded, put_mark
 
 __all__ = [
     "LOG_FOLDER",
@@ -23,8 +23,8 @@ __all__ = [
     "check_log",
     "check_logs",
     "compact_logs",
-    "mark_gap",
     "plan_compaction",
+    "put_mark",
     "reached",
     "read_logs",
     "read_span",

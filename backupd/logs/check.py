@@ -9,20 +9,25 @@ from datetime import datetime
 from backupd.chain import Chain, chain_of, need_of
 from backupd.errors import ObjectMissing
 from backupd.logs.read import read_span
-from backupd.model import LogGap, LogSpan, RecoveryPoint
+from backupd.model import LogMark, LogSpan, RecoveryPoint
 from backupd.repository import Repository, log_key
 
 
-def missing(chains: Sequence[Chain], gaps: Sequence[LogGap]) -> Iterator[str]:
+def missing(stretches: Sequence[Chain], marks: Sequence[LogMark]) -> Iterator[str]:
     """Holes without a mark. Pure."""
-    marks = {(gap.epoch, gap.position) for gap in gaps}
-    for number, chain in enumerate(chains[:-1]):
-        after = chains[number + 1]
-        if after.epoch == chain.epoch and chain.end < after.start and (chain.epoch, chain.end) not in marks:
+    cuts = {(mark.epoch, mark.position) for mark in marks if not mark.after}
+    begins = {mark.epoch: mark.position for mark in marks if mark.after}
+    before: Chain | None = None
+    for stretch in stretches:
+        same = before is not None and before.epoch == stretch.epoch
+        end = before.end if before is not None and same else begins.get(stretch.epoch)
+        if end is not None and end < stretch.start and (stretch.epoch, end) not in cuts:
+            reach = before.reach if before is not None and same else None
             yield (
-                f"the log of {chain.epoch} is missing from {chain.end:x} to {after.start:x}: "
-                f"restores come up to {_said(chain.reach)}, and go on with the next base after that"
+                f"the log of {stretch.epoch} is missing from {end:x} to {stretch.start:x}: "
+                f"restores come up to {_said(reach)}, and go on with the next base after that"
             )
+        before = stretch
 
 
 def unreachable(points: Sequence[RecoveryPoint], chains: Sequence[Chain]) -> Iterator[str]:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from backupd.chain import chains, cover
+from backupd.chain import cover, stretches
 from backupd.errors import ObjectExists
 from backupd.logs.piece import encode
 from backupd.logs.read import read_header, read_logs, read_span
-from backupd.model import Anchor, LogGap, LogSpan, Progress
+from backupd.model import Anchor, LogMark, LogSpan, Progress
 from backupd.repository import Repository, log_key
 
 LARGE = 64 << 20
@@ -37,11 +37,11 @@ class Compaction:
 
 
 def plan_compaction(
-    spans: Iterable[LogSpan], gaps: Iterable[LogGap] = (), *, large: int = LARGE, small: int = SMALL
+    spans: Iterable[LogSpan], marks: Iterable[LogMark] = (), *, large: int = LARGE, small: int = SMALL
 ) -> list[Compaction]:
     """Only what makes fewer objects."""
     planned: list[Compaction] = []
-    for chain in chains(spans, gaps):
+    for chain in stretches(spans, marks):
         line = list(cover(chain.spans, chain.start)) or [chain.spans[-1]]
         for group in _groups(line, large, small):
             start, end = group[0].start, group[-1].end

@@ -10,10 +10,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from backupd.chain import Need, chains, cover
+from backupd.chain import Need, chains, cover, still_there
 from backupd.errors import Damaged, ObjectMissing
 from backupd.logs.piece import HEAD, Header, decode, decode_header, header_length
-from backupd.model import LogGap, LogSpan
+from backupd.model import LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
 LOG_FOLDER = "backupd-log"
@@ -42,7 +42,7 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
                 if position >= end:
                     return
         except ObjectMissing:
-            left = [s for s in repository.logs(first.source)[0] if s.epoch == first.epoch]
+            left = list(still_there(spans, chains(*repository.logs(first.source))))
             tries = tries + 1 if position == before else 1
             if tries <= _AGAIN:
                 continue
@@ -89,12 +89,17 @@ def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
             for span in left:
                 check_log(repository, span)
         except ObjectMissing:  # put together with others, or lost: then reading would find a hole
-            held = [s for s in repository.logs(spans[0].source)[0] if s.epoch == spans[0].epoch]
-            left = list(cover(held, spans[0].start))
-            if not left or left[-1].end < spans[-1].end:
-                raise _hole(spans[0], left[-1].end if left else spans[0].start) from None
+            left = list(cover(still_there(spans, chains(*repository.logs(spans[0].source))), spans[0].start))
+            if not left:
+                gone = next(iter(_gone(repository, spans)), spans[0])
+                raise _hole(gone, gone.start) from None
         else:
             return
+
+
+def _gone(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[LogSpan]:
+    there = set(repository.logs(spans[0].source)[0])
+    return (span for span in spans if span not in there)
 
 
 def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
@@ -110,7 +115,7 @@ def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
     return name
 
 
-def read_header(repository: Repository, span: LogSpan | LogGap) -> Header:
+def read_header(repository: Repository, span: LogSpan | LogMark) -> Header:
     """Raises Damaged, ObjectMissing."""
     head = repository.read_log(span, length=HEAD)
     if header_length(head) > len(head) >= HEAD:

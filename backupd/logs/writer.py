@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from backupd.chain import chains, newest
+from backupd.chain import newest, stretches
 from backupd.errors import ObjectExists, StoreError
 from backupd.logs.piece import encode
 from backupd.logs.read import read_span
-from backupd.model import Anchor, LogGap, LogSpan
+from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,11 @@ STEP = timedelta(seconds=1)
 """A clock that goes back by more was set: times before and after it cannot be told apart."""
 
 
-def mark_gap(repository: Repository, gap: LogGap, reason: str) -> None:
-    """For good: no restore goes across it. There may be a mark already."""
-    marker, _ = encode(repository.codec, [], (), gap=reason)
+def put_mark(repository: Repository, mark: LogMark, reason: str) -> None:
+    """For good. It may be there already."""
+    stored, _ = encode(repository.codec, [], (), gap=reason)
     with contextlib.suppress(ObjectExists):
-        repository.put_log(gap, marker)
+        repository.put_log(mark, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,13 @@ class LogWriter:
         self._repository, self._source = repository, source
         self._on_begin, self._idle, self._now = on_begin, idle, now
         self._lock = threading.RLock()
-        spans, gaps = repository.logs(source)
+        spans, marks = repository.logs(source)
         self.since = newest(spans)
         """Where recording goes on."""
-        found = chains(spans, gaps)
+        found = stretches(spans, marks)
         self._last = {chain.epoch: chain for chain in found}  # sorted by start: the last of each epoch stays
         self._ends = {epoch: chain.end for epoch, chain in self._last.items()}
-        self._cuts = {(gap.epoch, gap.position) for gap in gaps}
+        self._cuts = {(mark.epoch, mark.position) for mark in marks if not mark.after}
         self._recorded = Recorded(reach=max((c.reach for c in found if c.reach), default=None))
         self._epoch = ""
         self._position = 0
@@ -96,7 +96,7 @@ class LogWriter:
     # --- the seam ---------------------------------------------------------------------------------------
 
     def begin(self, epoch: str, position: int) -> None:
-        log_key(LogGap(self._source, epoch, position))  # refuses an epoch that cannot be part of a key
+        log_key(LogMark(self._source, epoch, position))  # refuses an epoch that cannot be part of a key
         with self._lock:
             end = self._ends.get(epoch)
             if end is not None and position < end:
@@ -107,8 +107,12 @@ class LogWriter:
             if end is not None and position > end:
                 self._mark(epoch, end, f"the log goes on at {position:x} instead of {end:x}")
             cut = position == end and (epoch, position) in self._cuts
+            continues = self._begun and end is None and position == self._position
+            if continues:
+                after = LogMark(self._source, epoch, position, self._epoch)
+                put_mark(self._repository, after, "")
             anew = cut or end is None or position > end
-            if anew or not self._begun or epoch != self._epoch:
+            if not continues and (anew or not self._begun or epoch != self._epoch):
                 last = self._last.get(epoch)
                 anchor = Anchor(last.reach, position) if not anew and last and last.reach else None
                 self._newest = self._stored = anchor
@@ -219,7 +223,7 @@ class LogWriter:
     def _mark(self, epoch: str, position: int, reason: str) -> None:
         """The window closes at this position, for good."""
         log.warning("the window of %s closes: %s; a new base is needed", self._source, reason)
-        mark_gap(self._repository, LogGap(self._source, epoch, position), reason)
+        put_mark(self._repository, LogMark(self._source, epoch, position), reason)
         self._cuts.add((epoch, position))
         self._tell(gap=reason)
 
