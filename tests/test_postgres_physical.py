@@ -14,15 +14,19 @@ from typing import Any
 import psycopg
 import pytest
 import services as bed
-from captured import Held, take
+from captured import take
 
+from backupd.archive import open_archive
+from backupd.backup import back_up
 from backupd.drivers import postgres_physical
 from backupd.drivers.postgres_client import InContainer
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_replication import Server, ServerRefused, position_text
 from backupd.errors import CaptureFailed, RestoreFailed
-from backupd.model import Anchor, Container, LogSpan
+from backupd.model import Anchor, Archive, Container, LogSpan, RecoveryPoint, Silence
+from backupd.repository import Repository
 from backupd.sandbox.docker import DockerSandbox, Engine
+from backupd.stores import MemoryStore
 
 ENGINE = Engine()
 INTERVAL = 0.2
@@ -159,7 +163,7 @@ def restore() -> Iterator[Callable[..., Container]]:
     count = iter(range(99))
 
     def into_fresh(
-        driver: PostgresPhysical, held: Held, log: Log, at: datetime | None = None, **target: str
+        driver: PostgresPhysical, held: Archive, log: Log, at: datetime | None = None, **target: str
     ) -> Container:
         spec = driver.home(held.point)
         container = sandbox.create(f"pg{next(count)}", spec)
@@ -425,6 +429,44 @@ def test_a_lost_slot_is_a_gap_and_recording_goes_on_behind_it(start_server: Star
     assert len(log.gaps) == 1
     assert "already been removed" in log.gaps[0]
     assert log.begun[-1][1] > end
+
+
+# --- in a repository ------------------------------------------------------------------------------------------
+
+
+def test_a_second_base_stores_little_and_both_come_back(
+    start_server: Start, restore: Callable[..., Container]
+) -> None:
+    """Relation files are cut at their pages: what did not change is not stored again."""
+    service = start_server()
+    driver, log = driver_of(service), Log()
+    repository = Repository.create(MemoryStore(), clock=lambda: datetime.now(UTC))
+
+    def back_up_now() -> RecoveryPoint:
+        run = back_up(
+            "orders",
+            driver,
+            repository,
+            clock=lambda: datetime.now(UTC),
+            progress=Silence(),
+            stop=threading.Event(),
+        )
+        return repository.find(run.point)
+
+    with connect(service) as connection:
+        connection.execute("CREATE TABLE t AS SELECT g AS n, md5(g::text) FROM generate_series(1, 200000) g")
+        connection.execute("VACUUM FREEZE t")  # else the first to read it writes its hint bits everywhere
+    with recording(driver, log):
+        first = back_up_now()
+        with connect(service) as connection:
+            connection.execute("UPDATE t SET md5 = 'changed' WHERE n = 777")
+        second = back_up_now()
+        wait_for_anchor(log, datetime.now(UTC))
+    assert first.size > 30_000_000
+    assert second.stored < first.stored / 20
+    changed = "SELECT count(*), count(*) FILTER (WHERE md5 = 'changed') FROM t"
+    for point, at, expected in ((first, first.instant, "200000|0"), (second, None, "200000|1")):
+        assert sql(restore(driver, open_archive(repository, point), log, at), changed) == expected
 
 
 # --- what must fail -----------------------------------------------------------------------------------------

@@ -18,7 +18,13 @@ from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
 from backupd.drivers.postgres_recovery import Replayed, Target, configuration, wal_files
-from backupd.drivers.postgres_replication import System, position_of, position_text
+from backupd.drivers.postgres_replication import (
+    ServerRefused,
+    System,
+    position_of,
+    position_text,
+    server_from_url,
+)
 from backupd.drivers.postgres_wal import (
     PAGE,
     Ended,
@@ -237,6 +243,12 @@ def test_a_slot_is_named_after_its_source_and_no_two_sources_share_one() -> None
     assert slot_name("orders") == "backupd_orders"
     assert slot_name("my-orders") != slot_name("my_orders")
     assert all(len(slot_name(name)) < 64 for name in ("x" * 200, "Ü-ber", ""))
+
+
+def test_why_a_server_was_not_reached_is_told_in_one_line() -> None:
+    """libpq adds a question, and a line for each address it tried."""
+    with pytest.raises(ServerRefused, match=r"port 1 failed: .*[Rr]efused$"):
+        server_from_url("postgresql://u@127.0.0.1:1/d?connect_timeout=2").connect()
 
 
 # --- targets --------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ SETTINGS: Mapping[str, str] = {
     # nothing of the old place is reached, run or waited for
     "archive_mode": "off", "primary_conninfo": "", "primary_slot_name": "", "recovery_min_apply_delay": "0",
     "recovery_end_command": "", "archive_cleanup_command": "", "synchronous_standby_names": "", "ssl": "off",
-    "external_pid_file": "", "huge_pages": "try",
+    "huge_pages": "try",
     # it answers, and says what it does where it is looked for
     "port": "5432", "listen_addresses": "*", "unix_socket_directories": "/var/run/postgresql",
     "logging_collector": "off", "log_destination": "stderr",

@@ -123,10 +123,10 @@ def _connect(parameters: Mapping[str, str]) -> Connection[tuple[Any, ...]]:
 
 
 def _connection_error(text: str) -> str:
-    """The server's reason, without libpq's list of what it tried."""
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if "FATAL:" in line), lines[-1] if lines else "no reason")
-    return last.rpartition("FATAL:")[2].strip() or last
+    """What the server said, else why it could not be reached; without libpq's list of what it tried."""
+    lines = [line.strip(" -\t") for line in text.splitlines() if line.strip()] or ["no reason given"]
+    said = next((line for line in reversed(lines) if "FATAL:" in line), "")
+    return said.rpartition("FATAL:")[2].strip() or lines[0].removeprefix("connection failed: ")
 
 
 @contextlib.contextmanager
