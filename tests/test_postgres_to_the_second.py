@@ -120,7 +120,9 @@ def test_any_second_comes_back_also_where_the_agent_was_killed_meanwhile(
             assert int(counted) > 0
         finally:
             home.run("sandbox", "remove", name)
-    assert "in the future" in home.refused("restore", "--at", "2099-01-01T00:00:00Z", "orders", code=2).message
+    assert (
+        "in the future" in home.refused("restore", "--at", "2099-01-01T00:00:00Z", "orders", code=2).message
+    )
     assert home.refused("plan", "--at", "2001-01-01T00:00:00Z", "orders", code=21).hint
     home.ok("verify")
     assert home.ok("status").out.count("orders") >= 1
