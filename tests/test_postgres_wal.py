@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 from captured import Held
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backupd.drivers.postgres_base import one_tar
@@ -93,9 +93,10 @@ def cut(data: bytes, sizes: Sequence[int]) -> Iterator[tuple[int, bytes]]:
 # --- transactions ---------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
-    st.lists(st.one_of(st.integers(0, 40_000), st.none()), max_size=40),
-    st.lists(st.integers(1, 30_000), min_size=1, max_size=5),
+    st.lists(st.one_of(st.integers(0, 20_000), st.none()), max_size=30),
+    st.lists(st.integers(20, 30_000), min_size=1, max_size=5),
 )
 def test_every_end_of_a_transaction_is_found_however_the_log_is_cut(
     plan: list[int | None], sizes: list[int]
@@ -141,7 +142,8 @@ def test_zeros_behind_a_switch_of_segments_hold_nothing() -> None:
 # --- segments -------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 700_000), min_size=1, max_size=5), st.integers(1, 3 * SEGMENT))
+@settings(deadline=None)
+@given(st.lists(st.integers(1000, 700_000), min_size=1, max_size=5), st.integers(1, 3 * SEGMENT))
 def test_pieces_become_whole_segments(sizes: list[int], length: int) -> None:
     """Whatever their sizes; the last one is filled up with zeros."""
     data = bytes(range(256)) * (length // 256) + bytes(length % 256)
@@ -355,7 +357,8 @@ def server_tar(files: dict[str, bytes], *, ended: bool) -> bytes:
     return out.getvalue()[:end] + (bytes(1024) if ended else b"")
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.booleans())
+@settings(deadline=None)
+@given(st.lists(st.integers(20, 3000), min_size=1, max_size=4), st.booleans())
 def test_the_servers_tars_become_one(sizes: list[int], ended: bool) -> None:
     """However their bytes come; tablespaces lie below pg_tblspc."""
     parts = {
