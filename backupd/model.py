@@ -432,6 +432,10 @@ class RecordingDriver(Protocol):
         """As `load`, then replay the logs up to `at` (None: to their end). Pieces in order, each beginning where the
         one before ended, the first at or before the point's `start`. `target` instead of `at`: lsn, xid or name."""
 
+    def recovered(self, container: Container) -> Facts:
+        """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
+        where there is none. Raises RestoreFailed where it has not ended."""
+
 
 # --- runs ----------------------------------------------------------------------------------------------
 

@@ -69,6 +69,8 @@ class Restored:
     image: str = ""
     warnings: tuple[str, ...] = ()
     """What the target could not take: an owner without being root, an attribute it has no room for."""
+    recovered: Facts = field(default_factory=dict)
+    """Where a log was replayed: the last commit that is in it, the first that is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +222,12 @@ def _load(
     as_captured = step.lands_at == step.point.instant and not step.whole and not work.target
     compared, differences = _compare_with_capture(step.point, driver, container) if as_captured else (0, ())
     address = container.address(spec.port) if spec.port and container.running else None
+    recovered: Facts = {}
+    if isinstance(driver, RecordingDriver) and need_of(step.point) is not None and container.running:
+        recovered = driver.recovered(container)
     return Restored(
         step, container.name, time.monotonic() - begun, compared, differences, address, container.image,
-        tuple(told.warnings),
+        tuple(told.warnings), recovered,
     )  # fmt: skip
 
 

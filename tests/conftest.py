@@ -16,10 +16,15 @@ from typing import Any
 
 import docker
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import services as bed
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("backupd", deadline=None)
+settings.load_profile("backupd")
 
 ROOT = Path(__file__).parent.parent
 StartService = Callable[..., bed.Service]

@@ -111,6 +111,9 @@ class AccountDriver:
         self.restored[container.name] = back
         self.targets.append(target)
 
+    def recovered(self, container: Container) -> Facts:
+        return {}
+
     def facts(self, container: Container) -> Facts:
         return {}
 

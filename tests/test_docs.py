@@ -14,6 +14,7 @@ import docker
 import pytest
 
 from backupd.config import load
+from backupd.drivers import postgres_physical
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("shop-db", "shop-cache")
@@ -84,10 +85,20 @@ def test_the_ten_minutes_of_the_readme(clean_engine: docker.DockerClient, tmp_pa
     ]
 
 
-def test_the_configuration_in_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = blocks("README.md", "toml")
-    (tmp_path / "backupd.toml").write_text(text)
-    assert set(load(tmp_path / "backupd.toml", {}).sources) == set(tomllib.loads(text)["sources"])
+def test_each_configuration_in_the_readme_is_one(tmp_path: Path) -> None:
+    (tmp_path / "pg_password").write_text("secret")
+    for block in blocks("README.md", "toml"):
+        text = block.replace("/run/secrets", str(tmp_path))
+        (tmp_path / "backupd.toml").write_text(text)
+        assert set(load(tmp_path / "backupd.toml", {}).sources) == set(tomllib.loads(text)["sources"])
+
+
+def test_the_role_in_the_readme_is_the_one_that_is_tested() -> None:
+    """test_postgres_physical makes it as the driver's documentation says."""
+    about = postgres_physical.__doc__ or ""
+    for line in (re.search(r"CREATE ROLE .*;", about), re.search(r"host replication .*", about)):
+        assert line
+        assert line[0] in (ROOT / "README.md").read_text()
 
 
 def test_every_command_the_readme_names_exists() -> None:

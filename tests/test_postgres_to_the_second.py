@@ -112,7 +112,9 @@ def test_any_second_comes_back_also_where_the_agent_was_killed_meanwhile(
     for number, at in enumerate((first, second, third)):
         name = f"e2e-{time.time_ns()}-{number}"
         try:
-            home.ok("restore", "--at", at.isoformat(), "orders", "--name", name)
+            said = home.ok("restore", "--at", at.isoformat(), "orders", "--name", name).out
+            assert "last commit that is in it: 20" in said
+            assert "first that is not: 20" in said
             restored = InContainer(Engine().container(f"backupd-{name}-orders"))
             counted = b"".join(restored.run("psql", "-AtXc", "SELECT count(*) FROM t", database="app"))
             doubt = sum(abs(stamp - at) < timedelta(milliseconds=3) for stamp in stamps)

@@ -16,6 +16,7 @@ from backupd.errors import RestoreFailed, UsageError
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 
+_RECOVERED = {"last_commit": "last commit that is in it:", "first_left_out": "first that is not:"}
 _SHOWN = 20  # warnings a source; --json has them all
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -208,6 +209,9 @@ def _print_report(report: RestoreReport, session: Session) -> None:
         right=(3, 4, 5),
     )
     for restored in report.restored:
+        for name, told in _RECOVERED.items():
+            if name in restored.recovered:
+                print(printable(f"{restored.step.source}: {told} {restored.recovered[name] or 'none'}"))
         for difference in restored.differences:
             print(printable(f"DIFFERS {restored.step.source}: {difference}"))
         for warning in restored.warnings[:_SHOWN]:
@@ -247,7 +251,8 @@ def _report_json(report: RestoreReport) -> dict[str, object]:
         "plan": plain(_plan_json(report.plan)),
         "restored": [
             {"source": r.step.source, "where": r.where, "seconds": r.seconds, "compared": r.compared,
-             "differences": r.differences, "warnings": r.warnings, "address": r.address, "image": r.image}
+             "differences": r.differences, "warnings": r.warnings, "address": r.address, "image": r.image,
+             "recovered": dict(r.recovered)}
             for r in report.restored
         ],
     }  # fmt: skip
