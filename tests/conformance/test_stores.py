@@ -132,6 +132,15 @@ def test_what_was_put_is_got_back(place: Place) -> None:
     assert place.open().get("packs/orders/0001.zst") == data
 
 
+def test_a_view_is_stored_as_its_bytes(store: Store) -> None:
+    """What it shows may be used for something else as soon as that is done."""
+    buffer = bytearray(os.urandom(300_000))
+    shown = bytes(buffer[100:200_000])
+    store.put("a", memoryview(buffer)[100:200_000])
+    buffer[:] = bytes(300_000)
+    assert store.get("a") == shown
+
+
 def test_an_empty_object_is_an_object(store: Store) -> None:
     """Nothing can be stored: it is listed, has size 0, and any range of it is empty."""
     store.put("empty", b"")
