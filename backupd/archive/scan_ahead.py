@@ -65,6 +65,7 @@ class ScanAhead:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", scan.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, pass_fds=(root,),
+            start_new_session=True,  # Ctrl-C is for the agent, which may finish what it is at
         )  # fmt: skip
         self._out = cast("BinaryIO", self._process.stdout)
         with contextlib.suppress(OSError):
