@@ -94,9 +94,9 @@ def recording(driver: PostgresPhysical, log: Log) -> Iterator[threading.Thread]:
     finally:
         stop.set()
         thread.join(30)
+        if failures:  # also where the test gave up waiting for what could not come
+            raise failures[0]
     assert not thread.is_alive()
-    if failures:
-        raise failures[0]
 
 
 def connect(service: bed.Service, database: str = "app") -> psycopg.Connection[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from backupd.archive.repack import MANY, SMALL, Choice, IndexUse, PackUse, choose
@@ -64,6 +64,11 @@ def test_never_more_is_written_than_is_freed(
     assert written <= freed + removed
 
 
+@example(
+    ([*(PackUse(f"a/{n:04}", 0, 0) for n in range(10)), PackUse("a/0010", 3, 2), PackUse("a/0011", 2, 0)],
+     [IndexUse(1, (0, 10), 10)]),
+    0.0,
+)  # fmt: skip
 @settings(max_examples=400)
 @given(repositories(), st.floats(0, 1))
 def test_a_share_that_may_be_unneeded_is_kept_to(

@@ -67,6 +67,8 @@ def choose(
     else:
         selection.take_until(max_unused)
     selection.merge_small(selection.balance + freed)
+    if max_unused is not None:  # pages that moved with small packs have left holes in others
+        selection.take_until(max_unused)
     return selection.choice()
 
 
