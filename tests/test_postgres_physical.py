@@ -425,6 +425,8 @@ def test_a_lost_slot_is_a_gap_and_recording_goes_on_behind_it(start_server: Star
     log.anchors.clear()
     log.spans = [one for one in log.spans if one[0].end <= end]
     with recording(driver, log):
+        with connect(service) as connection:
+            connection.execute("INSERT INTO t VALUES (99)")
         wait_for_anchor(log, datetime.now(UTC))
     assert len(log.gaps) == 1
     assert "already been removed" in log.gaps[0]

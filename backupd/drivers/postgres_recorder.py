@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PIECE = 8 << 20
 """Bytes after which a piece is stored, however young it is."""
 _ANCHOR_EVERY = 0.25
+_SLOT_LOOKS = 100  # a tenth of a second apart
 _REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
 
 ANCHOR = """
@@ -152,7 +153,19 @@ class PostgresRecorder:
         except ServerRefused as error:
             if not error.log_is_gone or stop.is_set():
                 raise
+            self._drop_slot(server, stop)
             self._record(server, None, sink, stop, gap=error.message)
+
+    def _drop_slot(self, server: Server, stop: threading.Event) -> None:
+        """What was reported before the refusal has set it back to where the log is gone. The server's side of that
+        stream may hold it a moment longer."""
+        with talking(), contextlib.closing(server.connect()) as sql, server.replicate() as wire:
+            for _ in range(_SLOT_LOOKS):
+                row = sql.execute(SLOT, [self._slot]).fetchone()
+                if row is not None and not row[1]:
+                    wire.drop_slot(self._slot)
+                if row is None or not row[1] or stop.wait(0.1):
+                    return
 
     def _record(
         self, server: Server, since: LogSpan | None, sink: LogSink, stop: threading.Event, *, gap: str
