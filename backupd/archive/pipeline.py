@@ -2,6 +2,7 @@
 
     reader (the caller) -> slabs -> workers: digest, look up, compress -> writer, in order: packs and pages -> putters
 
+The reader has digested and looked up small files already; what is known takes no room in a slab.
 A slab goes back to the reader when its worker is done with it; a frame counts against `_IN_FLIGHT` until the writer
 has placed it; a pack's buffer is free again when it is stored. So a slow store holds back the source, and
 memory stays flat. An error anywhere stops the reader at its next step and is raised there, once.
@@ -45,7 +46,7 @@ Content: TypeAlias = "tuple[int, int, Pieces, bytes]"
 class Slab:
     """A reused buffer. Fresh memory costs: 1.9 GB/s into new pages against 8.6 into warm ones."""
 
-    __slots__ = ("blobs", "buffer", "frame", "length", "pages", "ready", "results", "view")
+    __slots__ = ("blobs", "buffer", "length", "pages", "view")
 
     def __init__(self) -> None:
         self.buffer = bytearray(SLAB_SIZE)
