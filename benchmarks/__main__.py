@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         options.gigabytes,
         options.counts,
         options.point_gb,
+        options.scale,
     )
     try:
         for index, part in enumerate(options.parts):
@@ -71,6 +72,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--counts", type=_numbers, help="numbers of files for `growth` (10000,100000,1000000)"
     )
     parser.add_argument("--point-gb", type=float, help="size of the point for `files` (4)")
+    parser.add_argument("--scale", type=int, help="pgbench's, of the database for `cluster` (335: 5 GB)")
     parser.add_argument("--small", action="store_true", help="does it work? Seconds, one round")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--work", metavar="DIR", help="a directory on a disk (/var/tmp)")

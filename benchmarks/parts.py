@@ -25,6 +25,7 @@ class Asked:
     gigabytes: tuple[float, ...] | None
     counts: tuple[float, ...] | None
     point_gb: float | None
+    scale: int | None = None
 
     def size(self, full: int, small: int) -> int:
         return small if self.small else full
@@ -98,6 +99,26 @@ def _pgdata(work: Path, asked: Asked) -> dict[str, object]:
     return _run(work, made, asked, pair)
 
 
+def _cluster(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.cluster import bench_cluster
+    from benchmarks.pgdata import programs
+
+    server = programs()
+    names = {tool.name for tool in asked.tools}
+    if server is None or not {"backupd", "pgbackrest"} <= names:
+        reason = "it needs backupd, pgBackRest and a PostgreSQL of this machine"
+        say(f"cluster is left out: {reason}")
+        return {"left out": reason}
+    return bench_cluster(
+        work,
+        server,
+        scale=asked.scale or asked.size(335, 1),
+        few=asked.size(20_000, 40),
+        rounds=asked.rounds,
+        say=say,
+    )
+
+
 def _growth(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.growth import growth
 
@@ -145,6 +166,7 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "dump": _dump,
     "moves": _moves,
     "pgdata": _pgdata,
+    "cluster": _cluster,
     "growth": _growth,
     "store": _store,
     "files": _files,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,12 +94,20 @@ def pgdata(work: Path, server: Path, *, scale: int, few: int, many: int, say: Sa
     return Scenario("pgdata", what, cluster.data, steps, goals, compare=("base", "global", "pg_xact"))
 
 
+def as_owner(path: Path) -> None:
+    """Give a directory to the server's user, when we are root."""
+    if os.geteuid() == 0:
+        shutil.chown(path, _USER, _USER)
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A PostgreSQL of this machine; its server runs as a user of its own when we are root."""
+    """A PostgreSQL of this machine; its server runs as a user of its own when we are root. It answers on a socket in
+    its own directory."""
 
     server: Path
     place: Path
+    port: int = 5432
 
     @property
     def data(self) -> Path:
@@ -105,41 +115,97 @@ class Cluster:
 
     def create(self) -> None:
         self.place.mkdir()
-        if os.geteuid() == 0:
-            shutil.chown(self.place, _USER, _USER)
+        as_owner(self.place)
         self._run("initdb", "-D", str(self.data), "-U", _USER, "-A", "trust", "--data-checksums", "--no-sync")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Answers on a socket in its own directory, and leaves its files at rest."""
-        options = (
-            f"-k {self.place} -c listen_addresses= -c fsync=off -c max_wal_size=256MB -c shared_buffers=256MB"
-        )
-        log = self.place / "log"
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-s", "-l", str(log), "-o", options, "start")
-        try:
+        """Leaves its files at rest."""
+        with self._started("-c listen_addresses=", "-c fsync=off", "-c max_wal_size=256MB"):
             yield
-        finally:
-            self._run("pg_ctl", "-D", str(self.data), "-w", "-s", "-m", "fast", "stop")
         # Caches that pgBackRest leaves out: they would only make its restore differ.
         for cache in self.data.rglob("pg_internal.init"):
             cache.unlink()
         shutil.rmtree(self.data / "base" / "pgsql_tmp", ignore_errors=True)
 
+    @contextmanager
+    def listening(self, *options: str) -> Iterator[None]:
+        """As a server in use: on a port of this machine too, every commit flushed."""
+        with self._started("-c listen_addresses=127.0.0.1", "-c max_wal_size=2GB", *options):
+            yield
+
+    @contextmanager
+    def _started(self, *options: str) -> Iterator[None]:
+        self._run(*self._start(*options))
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def _start(self, *options: str) -> list[str]:
+        given = " ".join((f"-k {self.place}", f"-c port={self.port}", "-c shared_buffers=256MB", *options))
+        return [
+            "pg_ctl",
+            "-D",
+            str(self.data),
+            "-w",
+            "-s",
+            "-l",
+            str(self.place / "log"),
+            "-o",
+            given,
+            "start",
+        ]
+
+    def recovered(self, restore: list[str]) -> list[str]:
+        """A command that restores, starts the server and ends when it is promoted."""
+        start = shlex.join(self._program(self._start("-c listen_addresses=", "-c archive_mode=off")))
+        ask = shlex.join(self._program([*self._psql("SELECT pg_is_in_recovery()")]))
+        script = f'{shlex.join(restore)} && {start} && until [ "$({ask})" = f ]; do sleep 0.05; done'
+        return self.owner(["sh", "-c", script])
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-s", "-m", "fast", "stop")
+
     def pgbench(self, *argv: str) -> None:
-        self._run("pgbench", *argv, "-h", str(self.place), "-U", _USER, "postgres")
+        self._run("pgbench", *argv, "-h", str(self.place), "-p", str(self.port), "-U", _USER, "postgres")
+
+    def sql(self, statements: str) -> str:
+        """What psql prints of it, bare."""
+        return self._run(*self._psql(statements)).strip()
+
+    def _psql(self, statements: str) -> list[str]:
+        return [
+            "psql", "-qXAt", "-v", "ON_ERROR_STOP=1", "-h", str(self.place), "-p", str(self.port), "-U", _USER,
+            "-c", statements, "postgres",
+        ]  # fmt: skip
 
     def transactions(self, each: int, *, seed: int) -> None:
         with self.running():
             self.pgbench("-n", "-c", str(_CLIENTS), "-j", "2", "-t", str(each), f"--random-seed={seed}")
 
-    def _run(self, program: str, *argv: str) -> None:
-        root = os.geteuid() == 0
-        who = ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--clear-groups"] if root else []
+    def owner(self, argv: list[str]) -> list[str]:
+        """The same command as the server's user."""
+        if os.geteuid():
+            return argv
+        return ["setpriv", f"--reuid={_USER}", f"--regid={_USER}", "--clear-groups", *argv]
+
+    def _program(self, argv: list[str]) -> list[str]:
+        return [str(self.server / argv[0]), *argv[1:]]
+
+    def _run(self, *argv: str) -> str:
         log = self.place / "said"
         with log.open("wb") as out:  # a file, not a pipe: the server keeps it open
             done = subprocess.run(
-                [*who, str(self.server / program), *argv], cwd=self.place, stdout=out, stderr=out, check=False
+                self.owner(self._program([*argv])), cwd=self.place, stdout=out, stderr=out, check=False
             )
+        said = log.read_text(errors="replace")
         if done.returncode:
-            raise ToolFailed(f"{program} {' '.join(argv)}: {log.read_text(errors='replace')[-2000:]}")
+            raise ToolFailed(f"{' '.join(argv)}: {said[-2000:]}")
+        return said
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
