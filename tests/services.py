@@ -178,13 +178,13 @@ class Services:
         name = name or f"backupd-test-{secrets.token_hex(4)}"
         if network and not aliases:
             options["network"] = network
-        published: dict[str, Any] = {f"{port}/tcp": ("127.0.0.1", published)} if port else {}
+        ports: dict[str, Any] = {f"{port}/tcp": ("127.0.0.1", published)} if port else {}
         made = self.client.containers.create(
             image,
             list(command) if command is not None else None,
             name=name,
             environment=dict(env or {}),
-            ports=published,
+            ports=ports,
             volumes={source: {"bind": at, "mode": "rw"} for source, at in (volumes or {}).items()},
             labels={**labels(), **(extra_labels or {})},
             **options,

@@ -20,7 +20,7 @@ import pytest
 import services as bed
 from commands import Home
 from test_postgres_physical import DOUBT, connect, driver_of, one, prepare
-from test_postgres_to_the_second import CONFIG, serving, wait_for, window_end
+from test_postgres_to_the_second import CONFIG, serving, window_end
 
 from backupd.archive import open_archive
 from backupd.chain import chains
@@ -110,7 +110,7 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime]:
             agent.wait()
             time.sleep(0.5)
             large.commit()
-        with serving(home):
+        with serving(home) as second:
             time.sleep(0.5)
             with connect(service) as connection:
                 connection.execute("VACUUM FULL t")
@@ -123,7 +123,9 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime]:
             promote(service)
             time.sleep(1.5)
             writing.__exit__()
-            wait_for(home, datetime.now(UTC))
+            time.sleep(0.5)  # an anchor behind the last commit
+            second.terminate()
+            assert second.wait(timeout=30) == 0
     return writing.rows, begun
 
 
@@ -190,8 +192,8 @@ def recover(
     services: bed.Services, history: History, point: RecoveryPoint, steps: Sequence[Step]
 ) -> Iterator[Found]:
     """Of one base, each of the steps, which go forward in time."""
-    driver = driver_of(bed.Service(None, ""))  # type: ignore[arg-type] -- a restore asks no server
     service = services.container(bed.POSTGRES_IMAGE, ["sleep", "infinity"], start=False)
+    driver = driver_of(service)
     archive, last = open_archive(history.repository, point), steps[-1]
     logs = read_logs(history.repository, last.logs)
     driver.load_to(archive, logs, last.replay_to, Engine().container(service.name))

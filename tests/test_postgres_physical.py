@@ -60,6 +60,9 @@ class Log:
     def anchor(self, at: datetime, position: int) -> None:
         self.anchors.append(Anchor(at, position))
 
+    def tail(self, size: int) -> bytes:
+        return self.bytes_from(self.end - size)
+
     def gap(self, reason: str) -> None:
         self.gaps.append(reason)
 

@@ -67,6 +67,20 @@ def read_span(
         raise _named(span, error) from None
 
 
+def read_tail(repository: Repository, span: LogSpan, size: int) -> bytes:
+    """The last bytes of an object's log, at most `size` and what its last frame holds. Raises Damaged,
+    ObjectMissing."""
+    header = read_header(repository, span)
+    if not header.frames:
+        return b""
+    frame, codec = header.frames[-1], repository.codec
+    stored = repository.read_log(span, offset=header.stored - frame.length, length=frame.length)
+    data = codec.decode(stored, frame.size)
+    if codec.digest(data).hex() != frame.digest:
+        raise _named(span, Damaged("its content is not what was written"))
+    return data[-size:]
+
+
 def check_log(repository: Repository, span: LogSpan) -> Header:
     """Its header, after it was compared with the name and the length of the object: a torn one is found without
     reading it. Raises Damaged, ObjectMissing."""

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from backupd.chain import newest, stretches
 from backupd.errors import ObjectExists, StoreError
 from backupd.logs.piece import encode
-from backupd.logs.read import read_span
+from backupd.logs.read import read_span, read_tail
 from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
@@ -151,6 +151,14 @@ class LogWriter:
             self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
             if self._now() - self._put_at >= self._idle:
                 self._put_anchor()
+
+    def tail(self, size: int) -> bytes:
+        """Of the span where recording goes on."""
+        if self.since is None or size <= 0:
+            return b""
+        spans = self._last[self.since.epoch].spans
+        last = max((span for span in spans if span.start < span.end), key=lambda s: s.end, default=None)
+        return read_tail(self._repository, last, size) if last else b""
 
     def gap(self, reason: str) -> None:
         with self._lock:
