@@ -271,13 +271,18 @@ def test_other_bytes_under_the_same_name_are_never_taken_for_ours(engine: Engine
 
 def test_what_is_stored_last_can_be_compared_with_what_the_source_has(engine: Engine) -> None:
     """Of one piece, of a large one that compaction made, and behind an anchor alone."""
-    assert LogWriter(engine.repository, "db").tail(10) == b""
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 10) == b""
+    assert LogWriter(engine.repository, "db").last(lambda _: True) is None
     write(engine, 100, 250).close()
-    assert LogWriter(engine.repository, "db").tail(30) == content(220, 250)
-    assert LogWriter(engine.repository, "db").tail(0) == b""
-    assert LogWriter(engine.repository, "db").tail(1000) == content(100, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 30) == content(220, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 0) == b""
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(100, 250)
+    assert LogWriter(engine.repository, "db").tail("another", 1000) == b""
     compact_logs(engine.repository, "db", progress=Silence())
-    assert LogWriter(engine.repository, "db").tail(1000) == content(0, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(0, 250)
+    last = LogWriter(engine.repository, "db").last(lambda epoch: epoch == EPOCH)
+    assert last
+    assert last.end == 250
 
 
 def test_a_writer_that_stood_still_while_another_took_over_tears_nothing(engine: Engine) -> None:

@@ -237,6 +237,38 @@ def test_a_restored_server_that_is_put_in_place_is_a_branch_of_its_own(
     assert protected.sound()
 
 
+def test_a_server_that_is_back_after_another_cluster_had_its_place_goes_on(
+    start_server: Start, protected: Protected
+) -> None:
+    """An upgrade that was given up. Each has its own part of the window, from a base of its own on."""
+    old, new = start_server(), start_server()
+    for service in (old, new):
+        table(service)
+    with protected.recording(driver_of(old)) as state:
+        until(lambda: state().state == "recording", "the recorder")
+        protected.base(driver_of(old))
+    put(old, 1)  # meanwhile nobody records it; its slot keeps it
+    for service in (new, old):
+        driver = driver_of(service)
+        with protected.recording(driver) as state:
+            until(lambda: state().state == "recording", "the next recorder")
+            protected.base(driver)
+            put(service, 2)
+            time.sleep(0.5)
+    points = sorted(protected.repository.points(), key=lambda point: point.instant)
+    epochs = [str(point.attributes["epoch"]) for point in points]
+    assert epochs[0] == epochs[2] != epochs[1]
+    window = windows(points, chains(*protected.repository.logs("orders")))["orders"]
+    assert len(window.bars) == 3
+    for reach, point in zip(window.reaches, points, strict=True):
+        assert (
+            {part.epoch for part in reach.chain.parts} == {point.attributes["epoch"]}
+            if reach.chain
+            else False
+        )
+    assert protected.sound()
+
+
 def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what_it_was(
     start_server: Start, protected: Protected
 ) -> None:

@@ -60,14 +60,17 @@ class Log:
     def anchor(self, at: datetime, position: int) -> None:
         self.anchors.append(Anchor(at, position))
 
-    def tail(self, size: int) -> bytes:
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        return next((span for span, _ in reversed(self.spans) if belongs(span.epoch)), None)
+
+    def tail(self, epoch: str, size: int) -> bytes:
         return self.bytes_from(self.end - size)
 
     def gap(self, reason: str) -> None:
         self.gaps.append(reason)
 
     @property
-    def last(self) -> LogSpan | None:
+    def since(self) -> LogSpan | None:
         return self.spans[-1][0] if self.spans else None
 
     def read(self, point: Any) -> Iterator[tuple[LogSpan, bytes]]:
@@ -86,7 +89,7 @@ def recording(driver: PostgresPhysical, log: Log) -> Iterator[threading.Thread]:
 
     def run() -> None:
         try:
-            driver.recorder(interval=INTERVAL).record(log.last, log, stop)
+            driver.recorder(interval=INTERVAL).record(log.since, log, stop)
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 

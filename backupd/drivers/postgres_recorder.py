@@ -208,11 +208,14 @@ class PostgresRecorder:
             row = sql.execute(SEGMENT_SIZE).fetchone()
             segment = int(row[0]) if row else 16 << 20
             history = wire.timeline_history(system.timeline)
+            if since is not None and not since.epoch.startswith(f"{system.identifier}-"):
+                # back from another cluster under this name, an upgrade that was given up: it goes on where it was left
+                since = sink.last(lambda epoch: epoch.startswith(f"{system.identifier}-")) or since
             start = beginning(since, system, held, segment, lambda timeline: fork_of(history, timeline))
             flow = _Flow(wire, sql, sink, self._slot, self._interval)
             same = since is not None and start.position == since.end and not gap and not start.gap
             # The slot holds the segment of its position, and perhaps none before.
-            tail = sink.tail(min(_COMPARED, start.position % segment)) if same else b""
+            tail = sink.tail(start.epoch, min(_COMPARED, start.position % segment)) if same else b""
             try:
                 flow.run(start, stop, gap or start.gap, tail)
             except _OtherLog as error:

@@ -152,11 +152,12 @@ class LogWriter:
             if self._now() - self._put_at >= self._idle:
                 self._put_anchor()
 
-    def tail(self, size: int) -> bytes:
-        """Of the span where recording goes on."""
-        if self.since is None or size <= 0:
-            return b""
-        spans = self._last[self.since.epoch].spans
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        return newest(s for epoch, chain in self._last.items() if belongs(epoch) for s in chain.spans)
+
+    def tail(self, epoch: str, size: int) -> bytes:
+        """As of the start."""
+        spans = self._last[epoch].spans if size > 0 and epoch in self._last else ()
         last = max((span for span in spans if span.start < span.end), key=lambda s: s.end, default=None)
         return read_tail(self._repository, last, size) if last else b""
 
