@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,11 +22,13 @@ from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.chain import chains
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
+from backupd.drivers.postgres_recovery import Home as DataHome
+from backupd.drivers.postgres_recovery import Replayed, wal_files
 from backupd.drivers.postgres_replication import Server
 from backupd.errors import NoRecoveryPoint
 from backupd.logs import read_logs
 from backupd.model import Container, RecoveryPoint, Silence
-from backupd.plan import LATEST, plan_restore, windows
+from backupd.plan import LATEST, Step, plan_restore, windows
 from backupd.repository import Repository
 from backupd.retained import worry
 from backupd.sandbox.docker import DockerSandbox
@@ -63,18 +65,41 @@ class Protected:
         )
         return self.repository.find(run.point)
 
-    def restore(self, at: datetime, sandbox: DockerSandbox, name: str) -> Container:
-        """As planned, into a fresh container."""
+    def step(self, at: datetime) -> Step:
+        """What is planned for this instant."""
         logs = chains(*self.repository.logs("orders"))
         (step,) = plan_restore(self.repository.points(), at, ["orders"], logs=logs).steps
+        return step
+
+    def restore(
+        self,
+        at: datetime,
+        sandbox: DockerSandbox,
+        name: str,
+        beside: Sequence[tuple[str, bytes | bytearray]] = (),
+    ) -> Container:
+        """As planned, into a fresh container; `beside` are files in its `pg_wal`."""
+        step = self.step(at)
         driver = PostgresPhysical(PhysicalSource("orders", lambda: Server({})))
         spec = driver.home(step.point)
         container = sandbox.create(name, spec)
         pieces = read_logs(self.repository, step.logs)
         driver.load_to(open_archive(self.repository, step.point), pieces, step.replay_to, container)
+        wal = "/var/lib/postgresql/data/pg_wal"
+        container.write(wal, DataHome(wal, wal, 999, 999).files(beside))
         container.start()
         sandbox.wait_ready(container, spec)
         return container
+
+    def wal_of_all(self) -> list[tuple[str, bytes | bytearray]]:
+        """The newest branch, as an archive of WAL would have it."""
+        point = self.step(LATEST).point
+        history = str(point.attributes["timeline_history"]).encode()
+        (chain,) = (
+            c for c in chains(*self.repository.logs("orders")) if c.epoch == point.attributes["epoch"]
+        )
+        segments = wal_files(read_logs(self.repository, chain.spans), point, Replayed(None))
+        return [(f"{point.attributes['timeline']:08X}.history", history), *segments]
 
     def sound(self) -> bool:
         return verify(self.repository, sources=None, data_percent=100, progress=Silence()).problems == []
@@ -232,7 +257,9 @@ def test_a_restored_server_that_is_put_in_place_is_a_branch_of_its_own(
         plan_restore(
             protected.repository.points(), base.instant - timedelta(seconds=0.01), ["orders"], logs=logs
         )
-    assert rows(protected.restore(mistaken, sandbox, "mistaken")) == [1, 2, 3, 4]
+    # The newer branch beside it does not lead it away; PostgreSQL's default would follow that one.
+    abandoned = protected.restore(mistaken, sandbox, "mistaken", beside=protected.wal_of_all())
+    assert rows(abandoned) == [1, 2, 3, 4]
     assert rows(protected.restore(LATEST, sandbox, "latest")) == [1, 2, 5, 6]
     assert protected.sound()
 

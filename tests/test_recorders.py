@@ -31,7 +31,7 @@ from backupd.config.load import parse
 from backupd.config.mistakes import ConfigInvalid
 from backupd.logs import read_logs
 from backupd.metrics import exposition
-from backupd.model import Driver, LogSink, LogSpan, PointKind, RecoveryPoint
+from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint
 from backupd.repository import Repository
 from backupd.retained import MUCH, Retained, worry
 from backupd.scheduler import Health
@@ -262,6 +262,35 @@ def test_a_stretch_without_a_base_needs_one() -> None:
     assert not needs_base([base], held, "e", 10)
     assert needs_base([base], held, "f", 10)
     assert needs_base([], held, "e", 10)
+    assert not needs_base([base], held, "e", 9)  # it went on meanwhile
+
+
+def test_what_follows_a_gap_at_the_very_place_needs_a_base_and_one() -> None:
+    """A clock that was set back: nothing is missing of the log, and no restore goes across."""
+    before, after = (
+        RecoveryPoint(name, "a", "d", PointKind.FULL, NOW, NOW, NOW, 1, 1, 1,
+                      attributes={"epoch": "e", "start": start, "end": start + 5})
+        for name, start in (("1", 2), ("2", 12))
+    )  # fmt: skip
+    marks = [LogMark("a", "e", 10)]
+    held = chains([LogSpan("a", "e", 0, 10, None, 1)], marks)
+    assert needs_base([before], held, "e", 10, marks)
+    assert not needs_base([before, after], held, "e", 10, marks)
+    held = chains([LogSpan("a", "e", 0, 10, None, 1), LogSpan("a", "e", 10, 30, None, 1)], marks)
+    assert needs_base([before], held, "e", 20, marks)
+    assert not needs_base([before, after], held, "e", 20, marks)
+    other = [LogMark("a", "f", 10), LogMark("a", "e", 10, after="f")]
+    assert not needs_base([before], chains([LogSpan("a", "e", 0, 10, None, 1)], other), "e", 10, other)
+
+
+def test_a_base_that_failed_is_asked_for_again(setup: Setup) -> None:
+    with setup.recordings() as made:
+        made.wait_begun("acc", made.stopping)
+        setup.account.move()
+        until(lambda: made.states()[0].position == 16)
+        made.ask_for_base("acc")
+        made.ask_for_base("other")
+    assert setup.begun == [("acc", "acc-1", 0), ("acc", "acc-1", 16)]
 
 
 CONFIG = """

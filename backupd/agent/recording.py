@@ -163,6 +163,13 @@ class Recordings:
             log.info("%s is recorded from %x of %s on", source.name, recorded.position, recorded.epoch)
             self._on_begin(source.name, recorded.epoch, recorded.position)
 
+    def ask_for_base(self, source: str) -> None:
+        """Tell `on_begin` once more: the base that it should have led to may have failed."""
+        found = self._sources.get(source)
+        if found is not None and found.begun.is_set() and found.sink is not None:
+            recorded = found.sink.recorded
+            self._on_begin(source, recorded.epoch, recorded.position)
+
     @property
     def stopping(self) -> threading.Event:
         return self._stop

@@ -123,8 +123,8 @@ def _back_up_new_stretch(agent: Agent, scheduler: Scheduler, source: str, epoch:
         if agent.config.sources[source].schedule and agent.catalog.last_ok("backup", source) is None:
             return
         repository = agent.repository()
-        found = chains(*repository.logs(source))
-        if not needs_base(repository.points(source), found, epoch, position):
+        spans, marks = repository.logs(source)
+        if not needs_base(repository.points(source), chains(spans, marks), epoch, position, marks):
             return
     except BackupdError as error:
         log.warning("%s: whether its log continues a recovery point is not known: %s", source, error)
@@ -151,7 +151,7 @@ def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
                 Job(
                     "compact",
                     name,
-                    _compact_of(agent, name),
+                    _compact_of(agent, name, recordings),
                     when,
                     lane="repository",
                     tolerance=_LATE,
@@ -200,10 +200,12 @@ class _Stoppable:
             raise Interrupted("told to stop", hint="it is done again at its next time")
 
 
-def _compact_of(agent: Agent, source: str) -> Work:
+def _compact_of(agent: Agent, source: str, recordings: Recordings | None) -> Work:
     def work(stop: threading.Event, _due: datetime | None) -> Run:
         started = agent.clock()
         compact_logs(agent.repository(), source, progress=_Stoppable(stop))
+        if recordings is not None:
+            recordings.ask_for_base(source)
         return Run("", "compact", source, RunStatus.OK, started, agent.clock())
 
     return work

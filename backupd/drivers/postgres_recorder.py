@@ -158,7 +158,9 @@ class _OtherLog(ServerRefused):
 
 def _set_back(told: str) -> ServerRefused:
     return ServerRefused(
-        told, hint="was it set back to an earlier state? promote it, so that it gets a timeline of its own"
+        told,
+        hint="was it set back to an earlier state? promote it, so that it gets a timeline of its own, or give this "
+        "source another name",
     )
 
 
