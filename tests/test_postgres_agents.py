@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import pytest
 import services as bed
 from commands import Home
 from test_postgres_physical import ENGINE, Start, connect, driver_of, one, sql, start_server
+from test_postgres_to_the_second import serving, window_end
 
 from backupd import backup
 from backupd.agent.recording import RecorderState, Recordings
@@ -38,6 +40,38 @@ from backupd.verify import verify
 __all__ = ["start_server"]  # the fixture
 
 MIB = 1 << 20
+
+
+SERVED = """
+mode = "pitr"
+log_interval = "300ms"
+[serve]
+listen = "127.0.0.1:{free}"
+prune_schedule = "never"
+verify_schedule = "never"
+"""
+URL = (
+    """
+[repository]
+location = "{repository}"
+[sources.orders]
+driver = "postgres"
+url = "postgresql://backup:secret@{host}:{port}/postgres"
+"""
+    + SERVED
+)
+NAMED = (
+    """
+[repository]
+location = "repo"
+[sources.orders]
+driver = "postgres"
+container = "{name}"
+user = "backup"
+password = "secret"
+"""
+    + SERVED
+)
 
 
 def now() -> datetime:
@@ -167,6 +201,57 @@ def test_of_two_agents_one_records_and_the_other_takes_over_when_it_goes(
     assert base.warnings == ()
     assert chain.reach
     assert protected.sound()
+
+
+def test_an_agent_that_stood_still_while_another_took_over_tears_nothing(
+    start_server: Start, tmp_path: Path
+) -> None:
+    """Two hosts with one repository. The server drops who does not answer; when that one wakes up, it may store what
+    it had received, which the other has stored, too."""
+    service = start_server("wal_sender_timeout=2s")
+    table(service)
+    homes = [Home(tmp_path / name) for name in ("one", "other")]
+    for home in homes:
+        home.path.mkdir()
+        home.configure(
+            URL.format(
+                repository=tmp_path / "repo", host=service.host, port=service.port, free=bed.free_ports(1)[0]
+            )
+        )
+    one_home, other_home = homes
+    one_home.ok("init")
+
+    def is_held_by(pid: object) -> bool:
+        return bool(one(service, "SELECT active_pid FROM pg_replication_slots") == pid)
+
+    with serving(one_home) as first:
+        until(lambda: window_end(one_home).year > 1, "a window")
+        put(service, *range(100))
+        sender = one(service, "SELECT active_pid FROM pg_replication_slots")
+        first.send_signal(signal.SIGSTOP)
+        put(service, *range(100, 200))  # on its way to the first
+        with serving(other_home) as second:
+            until(lambda: not is_held_by(sender) and not is_held_by(None), "the second")
+            put(service, *range(200, 300))
+            first.send_signal(signal.SIGCONT)
+            time.sleep(2)
+            put(service, *range(300, 400))
+            time.sleep(1)
+            second.terminate()
+            assert second.wait(timeout=30) == 0
+        until(lambda: not is_held_by(None), "the first again")
+        put(service, *range(400, 500))
+        time.sleep(1)
+        first.terminate()
+        assert first.wait(timeout=30) == 0
+    one_home.ok("verify", "--data", "100%")
+    assert len(one_home.ok("window", "orders", "--json").json["orders"]["continuous"]) == 1
+    name = f"two-{time.time_ns()}"
+    try:
+        one_home.ok("restore", "--at", "latest", "orders", "--name", name)
+        assert rows(ENGINE.container(f"backupd-{name}-orders")) == list(range(500))
+    finally:
+        one_home.run("sandbox", "remove", name)
 
 
 # --- what the slot keeps ----------------------------------------------------------------------------------------
@@ -353,31 +438,13 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
 
 # --- by the container's name ----------------------------------------------------------------------------------------
 
-CONFIG = """
-[repository]
-location = "repo"
-[sources.orders]
-driver = "postgres"
-container = "{name}"
-user = "backup"
-password = "secret"
-mode = "pitr"
-log_interval = "300ms"
-[serve]
-listen = "127.0.0.1:{free}"
-prune_schedule = "never"
-verify_schedule = "never"
-"""
-
 
 def test_a_container_is_recorded_and_restored_by_its_name(start_server: Start, tmp_path: Path) -> None:
     """Wherever the engine publishes its port. No schedule: the base is made when recording begins."""
-    from test_postgres_to_the_second import serving, window_end
-
     service = start_server()
     table(service)
     home = Home(tmp_path)
-    home.configure(CONFIG.format(name=service.name, free=bed.free_ports(1)[0]))
+    home.configure(NAMED.format(name=service.name, free=bed.free_ports(1)[0]))
     home.ok("init")
     home.ok("check")
     with serving(home) as agent:
