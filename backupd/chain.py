@@ -147,9 +147,18 @@ def chain_of(point: RecoveryPoint, among: Iterable[Chain]) -> Chain | None:
     return next((c for c in among if c.source == point.source and c.covers(need)), None)
 
 
-def needs_base(points: Iterable[RecoveryPoint], among: Sequence[Chain], epoch: str, position: int) -> bool:
+def needs_base(
+    points: Iterable[RecoveryPoint],
+    among: Sequence[Chain],
+    epoch: str,
+    position: int,
+    marks: Iterable[LogMark] = (),
+) -> bool:
     """Whether what is recorded from this position on continues no point: then nothing of it could be restored."""
-    held = [chain for chain in among if chain.epoch == epoch and chain.end == position]
+    if any((mark.epoch, mark.position, mark.after) == (epoch, position, "") for mark in marks):
+        begun = [need for point in points if (need := need_of(point))]
+        return not any(need.epoch == epoch and need.start >= position for need in begun)
+    held = [chain for chain in among if chain.holds(Need(epoch, position, position))]
     return not any(chain_of(point, held[-1:]) for point in points)
 
 

@@ -183,6 +183,12 @@ class LogSink(Protocol):
         """As `Anchor`: read the source's clock first, its position second. It counts once the log is stored up to
         there. Raises StoreError."""
 
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        """Of epochs that belong, where the newest ends in what is stored."""
+
+    def tail(self, epoch: str, size: int) -> bytes:
+        """What is stored last of an epoch, at most `size` bytes: has the source the same there? Raises Damaged."""
+
     def gap(self, reason: str) -> None:
         """The window closes here; a new base is needed. Then `begin`, or an end. Raises StoreError."""
 

@@ -317,9 +317,9 @@ class Repository:
                 marks.append(found)
         return spans, marks
 
-    def read_log(self, span: LogSpan | LogMark, *, length: int | None = None) -> bytes:
-        """The first `length` bytes as stored, or all. Raises ObjectMissing: compaction or prune may have been by."""
-        return self.store.get(log_key(span), length=length)
+    def read_log(self, span: LogSpan | LogMark, *, offset: int = 0, length: int | None = None) -> bytes:
+        """`length` bytes as stored, or all. Raises ObjectMissing: compaction or prune may have been by."""
+        return self.store.get(log_key(span), offset=offset, length=length)
 
     def remove_log(self, span: LogSpan | LogMark, lease: Lease) -> None:
         lease.check()

@@ -153,6 +153,14 @@ def _postgres(work: Path, asked: Asked) -> dict[str, object]:
     return bench_postgres(work, small=asked.small, rounds=asked.rounds, say=say)
 
 
+def _recording(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.recording import bench_recording
+
+    return bench_recording(
+        work, scale=asked.size(20, 1), clients=4, seconds=asked.size(60, 3), rounds=asked.rounds, say=say
+    )
+
+
 def _start(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.start import bench_start
 
@@ -171,6 +179,7 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "store": _store,
     "files": _files,
     "postgres": _postgres,
+    "recording": _recording,
     "start": _start,
 }
 MANY_FILES = {"trees", "moves", "growth", "store"}

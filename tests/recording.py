@@ -137,7 +137,11 @@ class AccountRecorder:
         position = account.kept
         self.epoch = len(account.epochs) - 1
         if since is not None:
-            position, self.epoch = since.end, [epoch for epoch, _ in account.epochs].index(since.epoch)
+            known = [epoch for epoch, _ in account.epochs]
+            if since.epoch not in known:
+                sink.gap(f"{account.epoch} is another account than {since.epoch}")
+            else:
+                position, self.epoch = since.end, known.index(since.epoch)
             if position < account.kept:
                 sink.gap(f"the log is kept from {account.kept:x} on")
                 position, self.epoch = account.kept, len(account.epochs) - 1

@@ -163,6 +163,7 @@ class Services:
         command: Sequence[str] | None = None,
         *,
         port: int | None = None,
+        published: int | None = None,
         env: Mapping[str, str] | None = None,
         volumes: Mapping[str, str] | None = None,
         network: str | None = None,
@@ -172,17 +173,18 @@ class Services:
         start: bool = True,
         **options: Any,
     ) -> Service:
-        """Any container. `volumes`: volume name or host path -> mount point; `options` go to docker-py."""
+        """Any container. `published`: where `port` is reached, also after a restart; else the engine chooses.
+        `volumes`: volume name or host path -> mount point; `options` go to docker-py."""
         name = name or f"backupd-test-{secrets.token_hex(4)}"
         if network and not aliases:
             options["network"] = network
-        published: dict[str, Any] = {f"{port}/tcp": ("127.0.0.1", None)} if port else {}
+        ports: dict[str, Any] = {f"{port}/tcp": ("127.0.0.1", published)} if port else {}
         made = self.client.containers.create(
             image,
             list(command) if command is not None else None,
             name=name,
             environment=dict(env or {}),
-            ports=published,
+            ports=ports,
             volumes={source: {"bind": at, "mode": "rw"} for source, at in (volumes or {}).items()},
             labels={**labels(), **(extra_labels or {})},
             **options,

@@ -112,6 +112,13 @@ def test_a_store_is_judged_by_the_line_to_it(disk: Path) -> None:
     assert told["goals"][0]["peer"] == "the line"
 
 
+def test_recording_is_measured_in_turns_with_and_without(disk: Path) -> None:
+    told = small(disk, "recording")["recording"]
+    assert told["ratio"]["transactions a second"] > 0
+    assert 0 < told["lag"]["median"] <= told["lag"]["p95"] <= told["lag"]["max"]
+    assert len(told["all"]["with"]) == len(told["all"]["without"]) == 1
+
+
 def test_one_file_comes_out_of_a_point_and_a_database_out_of_its_server(disk: Path) -> None:
     told = small(disk, "files", "postgres")
     for tool in ("backupd", "tar|zstd"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from commands import Home, InsideHome
@@ -13,7 +14,9 @@ from test_recording import Protected, days
 
 from backupd import backup
 from backupd.chain import chains
-from backupd.logs import LOG_FOLDER
+from backupd.logs import LOG_FOLDER, read_logs
+from backupd.logs.piece import encode
+from backupd.model import LogSpan
 from backupd.plan import LATEST, format_instant
 from backupd.repository import Repository, log_key
 from backupd.stores import LocalStore
@@ -138,6 +141,76 @@ def test_verify_names_what_is_lost_of_a_log(home: Home) -> None:
     ended = home.run("verify")
     assert ended.code == 22
     assert f"missing from {spans[3].start:x}" in ended.out
+
+
+def pieces(home: Home) -> tuple[Repository, list[LogSpan]]:
+    """Those behind the first base, in order."""
+    repository = Repository.open(LocalStore(home.path / "repo"))
+    first = datetime.fromisoformat(bars(home)[0]["first"])
+    spans = [s for s in repository.logs("acc")[0] if s.start < s.end and s.anchor and s.anchor.at > first]
+    return repository, sorted(spans, key=lambda span: span.start)
+
+
+def test_a_lost_object_is_a_hole_that_no_restore_goes_into(home: Home) -> None:
+    """Verify tells up to when a restore comes before any begins; a plan behind it is refused with what can be had."""
+    _, spans = pieces(home)
+    lost = spans[2]
+    (home.path / "repo" / log_key(lost)).unlink()
+    assert spans[1].anchor
+    assert f"restores come up to {spans[1].anchor.at:%Y-%m-%d %H:%M:%S}" in home.run("verify").out
+    assert lost.anchor
+    ended = home.refused("restore", "acc", "--at", format_instant(lost.anchor.at), "--to", "dir:out", code=21)
+    assert "hole" in ended.message
+    assert format_instant(spans[1].anchor.at) in ended.hint
+    assert not (home.path / "out").exists()
+
+
+def test_a_torn_object_stops_a_restore_before_it_makes_anything(home: Home) -> None:
+    _, spans = pieces(home)
+    path = home.path / "repo" / log_key(spans[2])
+    path.write_bytes(path.read_bytes()[:-3])
+    assert home.run("verify").code == 22
+    assert spans[2].anchor
+    ended = home.refused(
+        "restore", "acc", "--at", format_instant(spans[2].anchor.at), "--to", "dir:out", code=22
+    )
+    assert "is damaged" in ended.message
+    assert list((home.path / "out").iterdir() if (home.path / "out").exists() else []) == []
+
+
+def test_a_doubled_object_is_told_and_one_that_differs_stops_a_restore(home: Home) -> None:
+    repository, spans = pieces(home)
+    span, start = spans[2], spans[1].start
+    good = b"".join(data for _, data in read_logs(repository, spans[1:3]))
+    for content, code in ((good, 0), (bytes(len(good)), 22)):
+        stored, _ = encode(repository.codec, [content], [])
+        double = LogSpan("acc", span.epoch, start, span.end, None, len(stored))
+        repository.put_log(double, stored)
+        assert home.run("verify").code == code
+        assert span.anchor
+        ended = home.run("restore", "acc", "--at", format_instant(span.anchor.at), "--to", f"dir:out{code}")
+        assert ended.code == code or (code, ended.code) == (0, 3)  # the log lies beside the files
+        if code:
+            assert "different bytes" in ended.message
+        repository.store.delete(log_key(double))
+
+
+def test_an_instant_without_a_zone_is_one_of_the_configured_zone_wherever_the_machine_is(home: Home) -> None:
+    """Echoed in UTC before anything starts; what the log does not reach is refused with the window."""
+    home.configure(CONFIG + '[defaults]\ntimezone = "Europe/Berlin"\n')
+    at = datetime.fromisoformat(bars(home)[0]["last"]).replace(microsecond=0)
+    naive = at.astimezone(ZoneInfo("Europe/Berlin")).replace(tzinfo=None).isoformat(" ")
+    assert naive != at.replace(tzinfo=None).isoformat(" ")
+    for zone in ("Europe/Berlin", "America/New_York", "UTC"):
+        plan = Home(home.path, {"TZ": zone}).ok("plan", "acc", "--at", naive)
+        assert f"at {format_instant(at)}" in plan.out + plan.err
+    first, last = bars(home)[0]["first"], bars(home)[-1]["last"]
+    early = home.refused("plan", "acc", "--at", "2026-01-01 00:00", code=21)
+    assert "2025-12-31T23:00:00Z is before" in early.message
+    assert f"--at {first}" in early.hint
+    late = home.refused("restore", "acc", "--at", "now", "--to", "dir:out", code=21)
+    assert "after the last instant that was recorded" in late.message
+    assert f"--at {last} before" in late.hint
 
 
 def test_the_log_of_a_source_that_no_driver_here_records_is_not_backed_up_as_a_dump(home: Home) -> None:

@@ -20,6 +20,7 @@ ROOMS = {
     "click": ["cli"],
     "cronsim": ["scheduler"],
     "docker": ["sandbox"],
+    "prometheus_client": ["metrics"],
     "psycopg": ["drivers/postgres"],
     "redis": ["drivers/redis"],
     "rich": ["cli"],

@@ -269,6 +269,33 @@ def test_other_bytes_under_the_same_name_are_never_taken_for_ours(engine: Engine
         other.piece(100, 200, bytes(100))
 
 
+def test_what_is_stored_last_can_be_compared_with_what_the_source_has(engine: Engine) -> None:
+    """Of one piece, of a large one that compaction made, and behind an anchor alone."""
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 10) == b""
+    assert LogWriter(engine.repository, "db").last(lambda _: True) is None
+    write(engine, 100, 250).close()
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 30) == content(220, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 0) == b""
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(100, 250)
+    assert LogWriter(engine.repository, "db").tail("another", 1000) == b""
+    compact_logs(engine.repository, "db", progress=Silence())
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(0, 250)
+    last = LogWriter(engine.repository, "db").last(lambda epoch: epoch == EPOCH)
+    assert last
+    assert last.end == 250
+
+
+def test_a_writer_that_stood_still_while_another_took_over_tears_nothing(engine: Engine) -> None:
+    """The source sends both the same; what both have stored overlaps, and reads as one."""
+    slow = write(engine, 100)
+    write(engine, 180, 320)
+    slow.piece(100, 250, content(100, 250))
+    slow.piece(250, 400, content(250, 400))
+    assert read_back(engine.repository) == {0: content(0, 400)}
+    compact_logs(engine.repository, "db", progress=Silence())
+    assert read_back(engine.repository) == {0: content(0, 400)}
+
+
 def test_an_anchor_counts_once_the_log_is_stored_up_to_it(engine: Engine) -> None:
     sink = write(engine, 100)
     sink.anchor(at(200), 180)

@@ -16,6 +16,7 @@ import pytest
 import services as bed
 from captured import take
 
+from backupd import backup
 from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.drivers import postgres_physical
@@ -59,11 +60,17 @@ class Log:
     def anchor(self, at: datetime, position: int) -> None:
         self.anchors.append(Anchor(at, position))
 
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        return next((span for span, _ in reversed(self.spans) if belongs(span.epoch)), None)
+
+    def tail(self, epoch: str, size: int) -> bytes:
+        return self.bytes_from(self.end - size)
+
     def gap(self, reason: str) -> None:
         self.gaps.append(reason)
 
     @property
-    def last(self) -> LogSpan | None:
+    def since(self) -> LogSpan | None:
         return self.spans[-1][0] if self.spans else None
 
     def read(self, point: Any) -> Iterator[tuple[LogSpan, bytes]]:
@@ -82,7 +89,7 @@ def recording(driver: PostgresPhysical, log: Log) -> Iterator[threading.Thread]:
 
     def run() -> None:
         try:
-            driver.recorder(interval=INTERVAL).record(log.last, log, stop)
+            driver.recorder(interval=INTERVAL).record(log.since, log, stop)
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
@@ -437,9 +444,10 @@ def test_a_lost_slot_is_a_gap_and_recording_goes_on_behind_it(start_server: Star
 
 
 def test_a_second_base_stores_little_and_both_come_back(
-    start_server: Start, restore: Callable[..., Container]
+    start_server: Start, restore: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relation files are cut at their pages: what did not change is not stored again."""
+    monkeypatch.setattr(backup, "_LOG_PATIENCE", 0.0)  # the log is held in memory, not in that repository
     service = start_server()
     driver, log = driver_of(service), Log()
     repository = Repository.create(MemoryStore(), clock=lambda: datetime.now(UTC))

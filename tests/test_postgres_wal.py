@@ -232,13 +232,19 @@ def test_an_older_timeline_is_recorded_to_its_end_first() -> None:
         (since(300), "left timeline 1"),
         (since(100, "4711-3"), "left timeline 3"),
         (since(100, "4712-2"), "another cluster"),
-        (since(901 * MIB, "4711-2"), "before what was recorded"),
     ],
 )
 def test_what_does_not_continue_the_repository_is_a_gap(span: LogSpan, told: str) -> None:
     begun = beginning(span, NOW, 7 * SEGMENT, SEGMENT, {1: 200}.get)
     assert told in begun.gap
     assert (begun.epoch, begun.position) == ("4711-2", 7 * SEGMENT)
+
+
+def test_a_server_that_is_not_as_far_as_it_was_is_refused() -> None:
+    """Its positions would mean two things; a standby that lags comes there by itself."""
+    with pytest.raises(ServerRefused, match="before what was recorded") as raised:
+        beginning(since(901 * MIB, "4711-2"), NOW, 7 * SEGMENT, SEGMENT, {1: 200}.get)
+    assert "promote" in raised.value.hint
 
 
 def test_a_slot_is_named_after_its_source_and_no_two_sources_share_one() -> None:

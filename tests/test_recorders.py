@@ -16,12 +16,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from recording import Account, AccountDriver
 from test_logs import LossyStore
 
 from backupd.agent import Agent
 from backupd.agent.recording import RecorderState, Recordings, lag_limit
-from backupd.agent.serving import health_of, jobs_of
+from backupd.agent.serving import gauges_of, health_of, jobs_of
 from backupd.agent.status import protections
 from backupd.catalog import Catalog
 from backupd.chain import chains, needs_base
@@ -29,12 +30,15 @@ from backupd.config import load
 from backupd.config.load import parse
 from backupd.config.mistakes import ConfigInvalid
 from backupd.logs import read_logs
-from backupd.model import Driver, LogSink, LogSpan, PointKind, RecoveryPoint
+from backupd.metrics import exposition
+from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint
 from backupd.repository import Repository
+from backupd.retained import MUCH, Retained, worry
 from backupd.scheduler import Health
 from backupd.stores import MemoryStore
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+GIB = 1 << 30
 
 
 def until(true: Callable[[], object], seconds: float = 10.0) -> None:
@@ -57,6 +61,7 @@ class Setup:
         return Recordings(
             {"acc": timedelta(milliseconds=10)}, driver=lambda _: self.driver, repository=lambda: self.repository,
             clock=lambda: self.account.now, on_begin=lambda *stretch: self.begun.append(stretch), pause=0.01,
+            look_every=0.01,
         )  # fmt: skip
 
     @contextmanager
@@ -179,6 +184,72 @@ def test_a_log_that_lags_makes_the_agent_unhealthy_and_one_failure_does_not(setu
         assert "the server went away" in str(document["problems"])  # type: ignore[index, call-overload]
 
 
+class Keeping(AccountDriver):
+    """An account whose server keeps what is not stored."""
+
+    keeps: Retained | None = Retained(3 * GIB, 2 * GIB)
+
+    def retained(self) -> Retained | None:
+        return self.keeps
+
+
+def test_what_the_server_keeps_makes_the_agent_unhealthy_before_it_is_too_much(setup: Setup) -> None:
+    """Also where nothing can be recorded: then it grows."""
+    driver = setup.driver = Keeping(setup.account)
+    setup.account.breaks = "the store is full"
+    well = Health("ok", True, True)
+    with setup.recording() as state:
+        until(lambda: state().retained == driver.keeps)
+        assert health_of(well, [state()])[0]
+        driver.keeps = Retained(4 * GIB, GIB)
+        until(lambda: state().retained == driver.keeps)
+        good, document = health_of(well, [state()])
+        assert not good
+        assert json.loads(json.dumps(document))["problems"][0]["problem"] == "retaining"
+        told = exposition(gauges_of([state()])).decode()
+    found = {
+        sample.name: (sample.labels, sample.value)
+        for family in text_string_to_metric_families(told)
+        for sample in family.samples
+    }
+    assert found["backupd_log_retained_bytes"] == ({"source": "acc"}, 4 * GIB)
+    assert found["backupd_log_retained_room_bytes"] == ({"source": "acc"}, GIB)
+    assert found["backupd_recorder_up"] == ({"source": "acc"}, 0)
+    assert "backupd_recovery_point_age_seconds" not in found  # nothing is known, which is not 0
+
+
+def test_how_far_a_log_has_come_is_measured(setup: Setup) -> None:
+    with setup.recording() as state:
+        setup.account.move()
+        until(lambda: state().reach)
+        setup.account.now += timedelta(seconds=5)
+        values = {gauge.name: gauge.values["acc"] for gauge in gauges_of([state()])}
+        reach = state().reach
+    assert reach
+    assert values["backupd_restorable_until_timestamp_seconds"] == reach.timestamp()
+    assert values["backupd_recovery_point_age_seconds"] == pytest.approx(5, abs=0.001)
+    assert values["backupd_log_retained_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("retained", "told"),
+    [
+        (None, ""),
+        (Retained(0, None), ""),
+        (Retained(MUCH - 1, None), ""),
+        (Retained(MUCH, None), "until its disk is full"),
+        (Retained(3 * GIB, GIB), ""),
+        (Retained(3 * GIB, GIB - 4), "gives it up after 1,024 MiB more"),
+        (Retained(0, 0), ""),
+        (Retained(0, None, lost=True), "gave up"),
+    ],
+)
+def test_what_a_server_keeps_is_told_once_little_room_is_left(retained: Retained | None, told: str) -> None:
+    """A quarter of its limit; or some gigabytes where it has none."""
+    assert told in worry(retained)
+    assert bool(told) == bool(worry(retained))
+
+
 def test_a_source_without_a_log_tells_nothing_new() -> None:
     assert health_of(Health("ok", True, True), []) == (True, {"status": "ok", "alive": True, "problems": []})
 
@@ -191,6 +262,35 @@ def test_a_stretch_without_a_base_needs_one() -> None:
     assert not needs_base([base], held, "e", 10)
     assert needs_base([base], held, "f", 10)
     assert needs_base([], held, "e", 10)
+    assert not needs_base([base], held, "e", 9)  # it went on meanwhile
+
+
+def test_what_follows_a_gap_at_the_very_place_needs_a_base_and_one() -> None:
+    """A clock that was set back: nothing is missing of the log, and no restore goes across."""
+    before, after = (
+        RecoveryPoint(name, "a", "d", PointKind.FULL, NOW, NOW, NOW, 1, 1, 1,
+                      attributes={"epoch": "e", "start": start, "end": start + 5})
+        for name, start in (("1", 2), ("2", 12))
+    )  # fmt: skip
+    marks = [LogMark("a", "e", 10)]
+    held = chains([LogSpan("a", "e", 0, 10, None, 1)], marks)
+    assert needs_base([before], held, "e", 10, marks)
+    assert not needs_base([before, after], held, "e", 10, marks)
+    held = chains([LogSpan("a", "e", 0, 10, None, 1), LogSpan("a", "e", 10, 30, None, 1)], marks)
+    assert needs_base([before], held, "e", 20, marks)
+    assert not needs_base([before, after], held, "e", 20, marks)
+    other = [LogMark("a", "f", 10), LogMark("a", "e", 10, after="f")]
+    assert not needs_base([before], chains([LogSpan("a", "e", 0, 10, None, 1)], other), "e", 10, other)
+
+
+def test_a_base_that_failed_is_asked_for_again(setup: Setup) -> None:
+    with setup.recordings() as made:
+        made.wait_begun("acc", made.stopping)
+        setup.account.move()
+        until(lambda: made.states()[0].position == 16)
+        made.ask_for_base("acc")
+        made.ask_for_base("other")
+    assert setup.begun == [("acc", "acc-1", 0), ("acc", "acc-1", 16)]
 
 
 CONFIG = """
@@ -266,8 +366,12 @@ def test_status_tells_how_much_would_be_lost_now(tmp_path: Path) -> None:
 # --- the whole agent -----------------------------------------------------------------------------------------
 
 
-def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(tmp_path: Path) -> None:
-    """And a slot that was lost while it was not there leads to a new base at once."""
+@pytest.mark.parametrize("schedule", ['schedule = "0 2 * * *"\n', ""])
+def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
+    tmp_path: Path, schedule: str
+) -> None:
+    """And a slot that was lost while it was not there leads to a new base at once. A source that is recorded needs no
+    schedule."""
     from backupd.agent import build
     from backupd.agent.serving import serve
     from backupd.plan import LATEST, plan_restore
@@ -275,7 +379,8 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "backupd.toml").write_text(configured() + f'[serve]\nlisten = "127.0.0.1:{port}"\n')
+    text = configured().replace('schedule = "0 2 * * *"\n', schedule)
+    (tmp_path / "backupd.toml").write_text(text + f'[serve]\nlisten = "127.0.0.1:{port}"\n')
     account = Account(now=datetime.now(UTC))
     for bases in (1, 2):
         agent = build(load(tmp_path / "backupd.toml", {"BACKUPD_STATE": str(tmp_path / "state")}))
@@ -290,6 +395,8 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(tmp_pa
                 until(lambda: len(account.log) == reached(agent.repository()), 20)
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
                     seen.append(json.load(answer)["recorders"]["db"]["state"])
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                    seen.append('backupd_recorder_up{source="db"} 1.0' in answer.read().decode())
                 account.move(datetime.now(UTC))
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -298,7 +405,7 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(tmp_pa
         thread.start()
         assert serve(agent) == 0
         thread.join()
-        assert seen == ["recording"]
+        assert seen == ["recording", True]
         repository = agent.repository()
         assert reached(repository) == len(account.log)
         plan = plan_restore(repository.points("db"), LATEST, ["db"], logs=chains(*repository.logs("db")))

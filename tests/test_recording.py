@@ -44,7 +44,11 @@ class FakeContainer:
 class FakeSandbox:
     name = "fake"
 
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
     def create(self, source: str, spec: ContainerSpec) -> Container:
+        self.made.append(source)
         return cast("Container", FakeContainer(source))
 
     def wait_ready(self, container: Container, spec: ContainerSpec, *, timeout: float = 120.0) -> None: ...
@@ -58,6 +62,7 @@ class Protected:
         self.account = Account()
         self.driver = AccountDriver(self.account)
         self.repository = Repository.create(MemoryStore(), clock=lambda: self.account.now)
+        self.sandbox = FakeSandbox()
 
     def record(self) -> None:
         """One stretch of recording, up to now."""
@@ -78,7 +83,7 @@ class Protected:
 
     def restore(self, plan: RestorePlan, **target: str) -> RestoreReport:
         work = Work(self.repository, lambda: self.account.now, target=target)
-        return restore_to_sandbox(plan, lambda _: self.driver, FakeSandbox(), work)
+        return restore_to_sandbox(plan, lambda _: self.driver, self.sandbox, work)
 
     def restored(self, at: datetime) -> list[int]:
         self.restore(self.plan(at))
@@ -199,7 +204,57 @@ def test_a_damaged_log_is_told_before_the_restore_begins(protected: Protected) -
     store.delete(log_key(spans[-2]))
     with pytest.raises(Damaged, match="hole"):
         protected.restore(plan)
-    assert protected.driver.restored == {}
+    assert protected.sandbox.made == []
+
+
+def test_a_log_that_is_stored_twice_and_differs_is_told_before_the_restore_begins(
+    protected: Protected,
+) -> None:
+    """Which of both is right is not known here. Where both hold the same, nothing is wrong."""
+    repository, log = protected.repository, bytes(protected.account.log)
+    for content, differs in ((log[-64:-16], False), (bytes(48), True)):
+        stored, size = encode(repository.codec, [content], [])
+        end = len(log) - 16
+        repository.put_log(LogSpan("acc", "acc-1", end - size, end, None, len(stored)), stored)
+        if not differs:
+            assert protected.restored(LATEST) == list(range(26))
+            repository.store.delete(log_key(LogSpan("acc", "acc-1", end - size, end, None, 0)))
+    protected.sandbox.made.clear()
+    with pytest.raises(Damaged, match="different bytes"):
+        protected.restore(protected.plan(LATEST))
+    assert protected.sandbox.made == []
+
+
+def test_another_cluster_under_the_same_name_is_ordered_by_time_and_never_mixed(
+    protected: Protected,
+) -> None:
+    """Its positions begin anew, lower than the old one's: an upgrade, a new server. Each instant is restored from the
+    cluster that was there; retention keeps the newest by time."""
+    old, at_old = list(range(26)), protected.plan(LATEST).at
+    account = protected.account
+    fresh = Account(epochs=[("new-1", 0)], now=account.now + timedelta(hours=1))
+    protected.account = protected.driver.account = fresh
+    fresh.move()
+    protected.record()
+    protected.base()
+    protected.record()
+    fresh.move()
+    protected.record()
+    newest_point = max(protected.repository.points(), key=lambda point: point.instant)
+    assert newest_point.attributes["epoch"] == "new-1"
+    assert protected.restored(LATEST) == [0, 1, 2]
+    assert protected.restored(at_old) == old
+    with pytest.raises(NoRecoveryPoint, match="hole"):
+        protected.plan(at_old + timedelta(minutes=30))
+    compact_logs(protected.repository, "acc", progress=Silence())
+    assert protected.restored(at_old) == old
+    assert sound(protected) == []
+    fresh.now += 2 * DAY
+    prune_now(protected, last=1)
+    assert protected.repository.points() == [newest_point]
+    assert {span.epoch for span in protected.repository.logs("acc")[0]} == {"new-1"}
+    assert protected.restored(LATEST) == [0, 1, 2]
+    assert sound(protected) == []
 
 
 def test_a_plan_made_before_compaction_is_still_carried_out(protected: Protected) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from backupd.catalog import Catalog
 from backupd.errors import UsageError
-from backupd.web import StatusServer, probe
+from backupd.web import StatusServer, Text, probe
 
 ANYWHERE = ("127.0.0.1", 0)
 ROOT = Path(__file__).parent.parent
@@ -60,6 +60,15 @@ def test_a_page_that_breaks_is_a_503_and_not_the_end() -> None:
     with StatusServer(ANYWHERE, {"healthz": broken}) as server:
         assert get(server.url + "/healthz")[0] == 503
         assert get(server.url + "/healthz")[1]["error"] == "RuntimeError: a bug"
+
+
+def test_a_page_may_be_text() -> None:
+    page = Text(b"up 1\n", "text/plain")
+    with (
+        StatusServer(ANYWHERE, {"metrics": lambda: (True, page)}) as server,
+        urllib.request.urlopen(server.url + "/metrics", timeout=5) as answer,
+    ):
+        assert (answer.read(), answer.headers["Content-Type"]) == (page.content, page.content_type)
 
 
 def test_other_paths_and_methods_are_refused_and_head_has_no_body() -> None:

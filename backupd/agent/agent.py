@@ -421,6 +421,7 @@ class Agent:
     def status(self) -> list[Protection]:
         """How well each configured source is protected, as of now."""
         from backupd.agent.status import protections
+        from backupd.agent.watch import retained_of_all
         from backupd.logs import reached
 
         self.catalog.abandon_stale(self.clock())
@@ -429,7 +430,10 @@ class Agent:
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
         recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
-        return protections(self.config, newest, self.catalog, self.clock(), reached(repository, recorded))
+        retained = retained_of_all(recorded, self.driver)
+        return protections(
+            self.config, newest, self.catalog, self.clock(), reached(repository, recorded), retained
+        )
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""

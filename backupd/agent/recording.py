@@ -7,16 +7,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from types import TracebackType
 
+from backupd.agent.watch import EVERY, Watch
 from backupd.catalog import explain
 from backupd.errors import BackupdError, CaptureFailed, UsageError
 from backupd.log import run_context
 from backupd.logs import LogWriter
 from backupd.model import Clock, Driver, Json, RecordingDriver
 from backupd.repository import Repository
+from backupd.retained import Retained, worry
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ class RecorderState:
     """Since it went well last."""
     error: str = ""
     """Of the last failure, or why the window closed last."""
+    retained: Retained | None = None
+    """What the server keeps of it meanwhile, where that is known."""
+
+    @property
+    def worry(self) -> str:
+        """Why what the server keeps should be looked at."""
+        return worry(self.retained)
 
     def json(self) -> dict[str, Json]:
         return {
@@ -63,6 +72,8 @@ class RecorderState:
             "lagging": self.lagging,
             "failures": self.failures,
             "error": self.error,
+            "retained_bytes": self.retained.size if self.retained else None,
+            "retained_room_bytes": self.retained.room if self.retained else None,
         }
 
 
@@ -81,16 +92,19 @@ class Recordings:
         clock: Clock,
         on_begin: Callable[[str, str, int], object] = lambda _source, _epoch, _position: None,
         pause: float = FIRST_PAUSE,
+        look_every: float = EVERY,
     ) -> None:
         self._driver, self._repository, self.clock, self._on_begin = driver, repository, clock, on_begin
         self._stop = threading.Event()
+        self._watches = {name: Watch(name, driver, self._stop, every=look_every) for name in intervals}
         self._sources = {
             name: _Source(name, interval, self, pause, clock()) for name, interval in intervals.items()
         }
 
     def __enter__(self) -> Recordings:
-        for source in self._sources.values():
+        for name, source in self._sources.items():
             source.thread.start()
+            self._watches[name].thread.start()
         return self
 
     def __exit__(
@@ -107,7 +121,11 @@ class Recordings:
 
     def states(self) -> list[RecorderState]:
         """As of now, of every source."""
-        return [source.state(self.clock()) for source in self._sources.values()]
+        now = self.clock()
+        return [
+            replace(source.state(now), retained=self._watches[name].retained)
+            for name, source in self._sources.items()
+        ]
 
     def wait_begun(self, source: str, stop: threading.Event, *, seconds: float = 60.0) -> None:
         """Until the log is recorded: a base made before would begin where nothing is stored. After some seconds it
@@ -144,6 +162,13 @@ class Recordings:
             recorded = source.sink.recorded
             log.info("%s is recorded from %x of %s on", source.name, recorded.position, recorded.epoch)
             self._on_begin(source.name, recorded.epoch, recorded.position)
+
+    def ask_for_base(self, source: str) -> None:
+        """Tell `on_begin` once more: the base that it should have led to may have failed."""
+        found = self._sources.get(source)
+        if found is not None and found.begun.is_set() and found.sink is not None:
+            recorded = found.sink.recorded
+            self._on_begin(source, recorded.epoch, recorded.position)
 
     @property
     def stopping(self) -> threading.Event:

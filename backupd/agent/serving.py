@@ -13,10 +13,11 @@ from backupd.chain import chains, needs_base
 from backupd.config import SourceConfig
 from backupd.errors import BackupdError, Damaged, Interrupted, UsageError
 from backupd.logs import compact_logs
+from backupd.metrics import CONTENT_TYPE, Gauge, exposition
 from backupd.model import Json, RecoveryPoint, Run, RunStatus, Silence
 from backupd.prune import prune
 from backupd.scheduler import Health, Job, Schedule, Scheduler, Work, run_until_stopped
-from backupd.web import Answer, StatusServer
+from backupd.web import Answer, StatusServer, Text
 
 if TYPE_CHECKING:
     from backupd.agent.agent import Agent
@@ -31,7 +32,8 @@ PATIENCE = 300.0
 
 
 def serve(agent: Agent) -> int:
-    """Run the jobs until a signal says stop; the exit code. Raises UsageError where nothing is scheduled."""
+    """Run the jobs until a signal says stop; the exit code. Raises UsageError where nothing is scheduled and
+    nothing recorded."""
     recorded = {
         name: every for name, s in agent.config.sources.items() if (every := s.recorded_every) is not None
     }
@@ -42,9 +44,12 @@ def serve(agent: Agent) -> int:
     jobs = jobs_of(agent, recordings)
     if not any(job.name == "backup" for job in jobs):
         raise UsageError(
-            f"{agent.config.origin} schedules no backup",
+            f"{agent.config.origin} schedules no backup, and records no log",
             hint='set schedule = "0 2 * * *" in [defaults], or the variable BACKUP_SCHEDULE',
         )
+    for job in jobs:
+        if job.name == "backup" and job.schedule is None:
+            log.warning("%s has no schedule: one base is made, and all of the log after it stays", job.source)
     _release_left_paused(agent)
     agent.catalog.learn(_known_points(agent))
     agent.patience = PATIENCE
@@ -62,6 +67,7 @@ def serve(agent: Agent) -> int:
         "healthz": healthz,
         "livez": livez,
         "status": lambda: (True, {**scheduler.status(), **_recorders(recordings.states())}),
+        "metrics": lambda: (True, Text(exposition(gauges_of(recordings.states())), CONTENT_TYPE)),
     }
     web = StatusServer(settings.address, pages)
     return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
@@ -71,16 +77,39 @@ def health_of(health: Health, states: Sequence[RecorderState]) -> Answer:
     """The health of the jobs and of the recorders, as one document."""
     if not states:
         return health.healthy, health.json()
-    lagging = [state for state in states if state.lagging]
+    told = [
+        *((s, "lagging", s.error or "the log is not stored as it should be") for s in states if s.lagging),
+        *((s, "retaining", s.worry) for s in states if s.worry),
+    ]
     problems: list[Json] = [*health.problems]
-    for state in lagging:
-        message = state.error or "the log is not stored as it should be"
-        problems.append({"job": "record", "source": state.source, "problem": "lagging", "message": message,
+    for state, problem, message in told:
+        problems.append({"job": "record", "source": state.source, "problem": problem, "message": message,
                          "since": state.since.isoformat()})  # fmt: skip
     document: dict[str, Json] = {**health.json(), **_recorders(states), "problems": problems}
-    if lagging and health.status != "stopping":
+    if told and health.status != "stopping":
         document["status"] = "failing"
-    return health.healthy and not lagging, document
+    return health.healthy and not told, document
+
+
+def gauges_of(states: Sequence[RecorderState]) -> list[Gauge]:
+    """What is measured of the recorders."""
+
+    def gauge(name: str, about: str, value: Callable[[RecorderState], float | None]) -> Gauge:
+        return Gauge(name, about, {state.source: value(state) for state in states})
+
+    return [
+        gauge("backupd_restorable_until_timestamp_seconds", "The newest instant that could be restored.",
+              lambda s: s.reach.timestamp() if s.reach else None),
+        gauge("backupd_recovery_point_age_seconds", "How much would be lost now: time since that instant.",
+              lambda s: s.rpo.total_seconds() if s.rpo is not None else None),
+        gauge("backupd_recorder_up", "1 while the log is recorded.", lambda s: s.state == "recording"),
+        gauge("backupd_recorder_lagging", "1 where the log is behind by more than a failure or two may cost.",
+              lambda s: s.lagging),
+        gauge("backupd_log_retained_bytes", "What the server keeps of the log because it is not stored.",
+              lambda s: s.retained.size if s.retained else None),
+        gauge("backupd_log_retained_room_bytes", "What may be written until the server gives up what it keeps.",
+              lambda s: s.retained.room if s.retained else None),
+    ]  # fmt: skip
 
 
 def _recorders(states: Sequence[RecorderState]) -> dict[str, Json]:
@@ -89,13 +118,13 @@ def _recorders(states: Sequence[RecorderState]) -> dict[str, Json]:
 
 def _back_up_new_stretch(agent: Agent, scheduler: Scheduler, source: str, epoch: str, position: int) -> None:
     """A stretch of log that continues no recovery point restores nothing: a base is made at once. The very first one
-    is due anyway."""
+    of a source that has a schedule is due anyway."""
     try:
-        if agent.catalog.last_ok("backup", source) is None:
+        if agent.config.sources[source].schedule and agent.catalog.last_ok("backup", source) is None:
             return
         repository = agent.repository()
-        found = chains(*repository.logs(source))
-        if not needs_base(repository.points(source), found, epoch, position):
+        spans, marks = repository.logs(source)
+        if not needs_base(repository.points(source), chains(spans, marks), epoch, position, marks):
             return
     except BackupdError as error:
         log.warning("%s: whether its log continues a recovery point is not known: %s", source, error)
@@ -108,12 +137,12 @@ def _back_up_new_stretch(agent: Agent, scheduler: Scheduler, source: str, epoch:
 
 
 def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
-    """Each source that has a schedule; then the logs, prune and verify of the repository, one at a time."""
+    """Each source that has a schedule or a log; then the logs, prune and verify of the repository, one at a time."""
     config = agent.config
     jobs = [
         _backup_job(agent, name, source, recordings)
         for name, source in config.sources.items()
-        if source.schedule
+        if source.schedule or source.recorded_every is not None
     ]
     for name, source in config.sources.items():
         if source.recorded_every is not None:
@@ -122,7 +151,7 @@ def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
                 Job(
                     "compact",
                     name,
-                    _compact_of(agent, name),
+                    _compact_of(agent, name, recordings),
                     when,
                     lane="repository",
                     tolerance=_LATE,
@@ -149,9 +178,8 @@ def _backup_job(agent: Agent, name: str, source: SourceConfig, recordings: Recor
             recordings.wait_begun(name, stop)
         return agent.back_up(name, Silence(), due=due, stop=stop)
 
-    return Job(
-        "backup", name, work, Schedule.parse(source.schedule or "", source.timezone or "UTC", seed=name)
-    )
+    when = Schedule.parse(source.schedule, source.timezone or "UTC", seed=name) if source.schedule else None
+    return Job("backup", name, work, when)
 
 
 class _Stoppable:
@@ -172,10 +200,12 @@ class _Stoppable:
             raise Interrupted("told to stop", hint="it is done again at its next time")
 
 
-def _compact_of(agent: Agent, source: str) -> Work:
+def _compact_of(agent: Agent, source: str, recordings: Recordings | None) -> Work:
     def work(stop: threading.Event, _due: datetime | None) -> Run:
         started = agent.clock()
         compact_logs(agent.repository(), source, progress=_Stoppable(stop))
+        if recordings is not None:
+            recordings.ask_for_base(source)
         return Run("", "compact", source, RunStatus.OK, started, agent.clock())
 
     return work

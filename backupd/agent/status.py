@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
+from typing import Any
 
 from backupd.agent.recording import lag_limit
 from backupd.catalog import GOOD, Catalog
 from backupd.config import Config
 from backupd.model import RecoveryPoint, Run, RunStatus
+from backupd.retained import Retained, worry
 from backupd.scheduler import Schedule, overdue
 
-NOTHING: Mapping[str, datetime] = MappingProxyType({})
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,18 @@ class Protection:
     """Of a source whose log is recorded: how much would be lost now, all that came after its newest stored anchor."""
     lagging: bool = False
     """The log should be recorded, and is not, or not as it should."""
+    retained: Retained | None = None
+    """What the server keeps of it meanwhile, where that is known."""
+
+    @property
+    def worry(self) -> str:
+        """Why what the server keeps should be looked at."""
+        return worry(self.retained)
 
     @property
     def good(self) -> bool:
-        return self.point is not None and not self.failing and self.overdue is None and not self.lagging
+        well = not self.failing and self.overdue is None and not self.lagging and not self.worry
+        return self.point is not None and well
 
 
 def protections(
@@ -46,8 +56,10 @@ def protections(
     catalog: Catalog,
     now: datetime,
     reached: Mapping[str, datetime] = NOTHING,
+    retained: Mapping[str, Retained | None] = NOTHING,
 ) -> list[Protection]:
-    """One for each configured source; `points` has the newest of each, `reached` the newest anchor of each log."""
+    """One for each configured source; `points` has the newest of each, `reached` the newest anchor of each log,
+    `retained` what servers keep."""
     newest = {p.source: p for p in points}
     found = []
     for name, source in config.sources.items():
@@ -71,6 +83,7 @@ def protections(
                 next=schedule.next_fire(now) if schedule else None,
                 rpo=rpo,
                 lagging=late,
+                retained=retained.get(name),
             )
         )
     return found

@@ -16,7 +16,7 @@ def status_command(session: Session) -> int:
     """What is protected, how old the newest recovery point is, what is overdue, how the last run ended.
 
     Of a source whose log is recorded: how much would be lost if it were gone now. Exit code 3 when a source is
-    overdue, failing, has no recovery point, or its log is not recorded as it should.
+    overdue, failing, has no recovery point, its log is not recorded as it should, or its server keeps too much of it.
     """
     found = session.agent.status()
     now = session.agent.clock()
@@ -30,6 +30,8 @@ def status_command(session: Session) -> int:
         for p in found:
             if p.failing and p.last and p.last.message:
                 print(printable(f"{p.source}: {p.last.message}"))
+            if p.worry:
+                print(printable(f"{p.source}: {p.worry}"))
     return 0 if all(p.good for p in found) else WARNED
 
 
@@ -43,6 +45,8 @@ def _row(p: Protection, now: datetime) -> tuple[str, ...]:
         state = f"OVERDUE since {age(p.overdue, now)}"
     elif p.lagging:
         state = "NOT RECORDED" if p.rpo is None else "LAGGING"
+    elif p.worry:
+        state = "HOLDS LOG"
     last = f"{p.last.status}, {age(p.last.started, now)}" if p.last else "never here"
     return (
         p.source,

@@ -33,7 +33,14 @@ from backupd.drivers.postgres_base import PAGE_SIZE, PAGED, one_tar
 from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
 from backupd.drivers.postgres_logical import PostgresLogical
-from backupd.drivers.postgres_recorder import ANCHOR, SLOT, PostgresRecorder, ensure_slot, slot_name
+from backupd.drivers.postgres_recorder import (
+    ANCHOR,
+    SLOT,
+    PostgresRecorder,
+    ensure_slot,
+    retained_by,
+    slot_name,
+)
 from backupd.drivers.postgres_recovery import (
     Replayed,
     Target,
@@ -69,6 +76,7 @@ from backupd.model import (
     RecoveryPoint,
     TarStream,
 )
+from backupd.retained import Retained, worry
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -196,6 +204,11 @@ class PostgresPhysical:
         """What the server writes is stored after `interval` seconds, or 8 MiB."""
         return PostgresRecorder(self._source.server, self._source.slot, interval=interval)
 
+    def retained(self) -> Retained | None:
+        """What the slot holds back on the server. Raises CaptureFailed."""
+        with failing_as(CaptureFailed, "PostgreSQL does not tell what it keeps"):
+            return retained_by(self._source.server(), self._source.slot)
+
     # --- restore -------------------------------------------------------------------------------------
 
     def home(self, point: RecoveryPoint) -> ContainerSpec:
@@ -259,6 +272,10 @@ class PostgresPhysical:
                 about = _ask(sql, ABOUT)
                 slot = sql.execute(SLOT, [self._source.slot]).fetchone()
             found = shortcomings(about, self._source.slot, slot)
+            kept = self.retained()
+            if kept is not None and not kept.lost and (told := worry(kept)):
+                hint = "is `backupd serve` at work, and does its repository take what it stores?"
+                found.append(Problem(told, hint, fatal=False))
             if about["replicates"]:
                 with talking(), server.replicate() as wire:
                     wire.identify()

@@ -28,6 +28,7 @@ from backupd.drivers.postgres_replication import (
 )
 from backupd.drivers.postgres_wal import epoch_parts
 from backupd.model import LogSink, LogSpan
+from backupd.retained import Retained
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -36,6 +37,8 @@ PIECE = 8 << 20
 """Bytes after which a piece is stored, however young it is."""
 _ANCHOR_EVERY = 0.25
 _SLOT_LOOKS = 100  # a tenth of a second apart
+_COMPARED = 8192  # bytes before where recording goes on: in a page of log are checksums, transactions, times
+_ANSWERS = 30.0  # seconds
 _REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
 
 ANCHOR = """
@@ -47,6 +50,11 @@ SELECT CASE WHEN pg_is_in_recovery()
 """The clock first, the position second. A standby knows only what it has replayed."""
 SLOT = """
 SELECT restart_lsn::text, active, wal_status = 'lost' FROM pg_replication_slots WHERE slot_name = %s
+"""
+RETAINED = """
+SELECT coalesce(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+         - restart_lsn, 0)::bigint, safe_wal_size, wal_status = 'lost'
+FROM pg_replication_slots WHERE slot_name = %s
 """
 SEGMENT_SIZE = "SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'"
 
@@ -81,7 +89,11 @@ def beginning(
     since: LogSpan | None, system: System, slot: int, segment: int, fork_of: Callable[[int], int | None]
 ) -> Beginning:
     """Exactly where the repository ends, where that is on this cluster's history; else at the front of the
-    segment that the slot holds. `fork_of(timeline)`: where the server's history left that timeline. Pure."""
+    segment that the slot holds. `fork_of(timeline)`: where the server's history left that timeline. Pure.
+
+    Raises ServerRefused for a server that is not as far as it was on the same timeline: the same positions would
+    mean two things. One that only lags comes there by itself.
+    """
     fresh = slot - slot % segment
     if since is None:
         return Beginning(system.identifier, system.timeline, fresh)
@@ -92,10 +104,9 @@ def beginning(
         )
     if timeline == system.timeline:
         if since.end > system.position:
-            return Beginning(
-                identifier, timeline, fresh,
-                f"the server is at {position_text(system.position)}, before what was recorded of it",
-            )  # fmt: skip
+            raise _set_back(
+                f"the server is at {position_text(system.position)}, before what was recorded of it"
+            )
         return Beginning(identifier, timeline, since.end)
     fork = fork_of(timeline)
     if fork is None or since.end > fork:
@@ -131,6 +142,28 @@ def ensure_slot(server: Server, name: str) -> int:
     return position_of(str(found[0]))
 
 
+def retained_by(server: Server, name: str) -> Retained | None:
+    """What the slot holds back; None where there is none. Raises ServerRefused."""
+    with talking(), contextlib.closing(server.connect()) as sql:
+        row = sql.execute(RETAINED, [name]).fetchone()
+    if row is None:
+        return None
+    size, room, lost = row
+    return Retained(max(0, int(size)), None if room is None else max(0, int(room)), bool(lost))
+
+
+class _OtherLog(ServerRefused):
+    """Where recording would go on, the server has written something else."""
+
+
+def _set_back(told: str) -> ServerRefused:
+    return ServerRefused(
+        told,
+        hint="was it set back to an earlier state? promote it, so that it gets a timeline of its own, or give this "
+        "source another name",
+    )
+
+
 # --- recording ---------------------------------------------------------------------------------------------
 
 
@@ -145,13 +178,14 @@ class PostgresRecorder:
     def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
         """Until stopped. Raises ServerRefused, and what the sink raises; what was not stored stays in the slot.
 
-        Where the server has lost WAL that was not stored, tells the gap and goes on behind it.
+        Where the server has lost WAL that was not stored, or has left what is stored for a branch of its own, tells
+        the gap and goes on behind it.
         """
         server = self._server()
         try:
             self._record(server, since, sink, stop, gap="")
         except ServerRefused as error:
-            if not error.log_is_gone or stop.is_set():
+            if stop.is_set() or not (error.log_is_gone or isinstance(error, _OtherLog)):
                 raise
             self._drop_slot(server, stop)
             self._record(server, None, sink, stop, gap=error.message)
@@ -176,10 +210,20 @@ class PostgresRecorder:
             row = sql.execute(SEGMENT_SIZE).fetchone()
             segment = int(row[0]) if row else 16 << 20
             history = wire.timeline_history(system.timeline)
+            if since is not None and not since.epoch.startswith(f"{system.identifier}-"):
+                # back from another cluster under this name, an upgrade that was given up: it goes on where it was left
+                since = sink.last(lambda epoch: epoch.startswith(f"{system.identifier}-")) or since
             start = beginning(since, system, held, segment, lambda timeline: fork_of(history, timeline))
-            if gap or start.gap:
-                sink.gap(gap or start.gap)
-            _Flow(wire, sql, sink, self._slot, self._interval).run(start, stop)
+            flow = _Flow(wire, sql, sink, self._slot, self._interval)
+            same = since is not None and start.position == since.end and not gap and not start.gap
+            # The slot holds the segment of its position, and perhaps none before.
+            tail = sink.tail(start.epoch, min(_COMPARED, start.position % segment)) if same else b""
+            try:
+                flow.run(start, stop, gap or start.gap, tail)
+            except _OtherLog as error:
+                if start.timeline == system.timeline:
+                    raise _set_back(error.message) from None
+                raise  # it went on under a timeline of its own, whose positions are new
 
 
 class _Flow:
@@ -199,17 +243,42 @@ class _Flow:
         self._stored = 0  # position
         self._anchored = 0.0
 
-    def run(self, start: Beginning, stop: threading.Event) -> None:
-        """Until stopped, through every change of timeline."""
+    def run(self, start: Beginning, stop: threading.Event, gap: str, tail: bytes) -> None:
+        """Until stopped, through every change of timeline. `tail`: what the server must have before the beginning.
+        Nothing is told to the sink before the server sends: who comes second to a slot is refused there."""
         system, timeline, position = start.system, start.timeline, start.position
         while True:
+            streams = self._wire.start(self._slot, position - len(tail), timeline)
+            self._compare(tail, position)
+            tail = b""
+            if gap:
+                self._sink.gap(gap)
+                gap = ""
             self._sink.begin(f"{system}-{timeline}", position)
             self._stored = position
-            if self._wire.start(self._slot, position, timeline):
+            if streams:
                 self._wire.report(position)
                 if self._stream(stop):
                     return
             timeline, position = self._wire.next_timeline()
+
+    def _compare(self, tail: bytes, position: int) -> None:
+        """What the server sends up to `position` is not stored again; what came behind it waits."""
+        seen = bytearray()
+        while len(seen) < len(tail):
+            data = self._wire.receive(_ANSWERS)
+            if data is None:
+                self._wire.next_timeline()  # raises why: the log may be gone
+            if not data:
+                raise ServerRefused(f"the server does not send its log before {position_text(position)}")
+            seen += data
+        if seen[: len(tail)] != tail:
+            raise _OtherLog(
+                f"the server has another log before {position_text(position)} than what was recorded"
+            )
+        if len(seen) > len(tail):
+            self._waiting.append(memoryview(seen)[len(tail) :])
+            self._size, self._since = len(seen) - len(tail), time.monotonic()
 
     def _stream(self, stop: threading.Event) -> bool:
         """True when told to stop, False when the timeline has ended."""

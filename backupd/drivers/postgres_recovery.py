@@ -40,6 +40,7 @@ LET_IN = """\
 # Written by backupd: how a restored server lets in, wherever it is. md5 takes scram-sha-256 passwords too.
 local all all trust
 host all all all md5
+host replication all all md5
 """
 
 SETTINGS: Mapping[str, str] = {

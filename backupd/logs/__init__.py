@@ -1,11 +1,11 @@
 """The continuous side of a source: its log, stored piece by piece, put together, read back (FORMAT.md, Log)."""
 
 from backupd.logs import check
+from backupd.logs.check import check_logs
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
     check_log,
-    check_logs,
     reached,
     read_logs,
     read_span,

@@ -1,16 +1,56 @@
-"""What verify finds in a log: holes that nothing explains, points without the log they need, objects that differ where
-they hold the same."""
+"""What verify finds in a log, and a restore before it begins: holes that nothing explains, points without the log they
+need, torn objects, objects that differ where they hold the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-from backupd.chain import Chain, chain_of, need_of
-from backupd.errors import ObjectMissing
-from backupd.logs.read import read_span
+from backupd.chain import Chain, Need, chain_of, chains, cover, need_of
+from backupd.errors import Damaged, ObjectMissing
+from backupd.logs.read import AGAIN, check_log, hole, read_span
 from backupd.model import LogMark, LogSpan, RecoveryPoint
 from backupd.repository import Repository, log_key
+
+
+def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
+    """What a restore is about to replay, before it begins: all there, none torn, none that differs from another where
+    they hold the same. Raises Damaged."""
+    left = list(spans)
+    for _ in range(AGAIN):
+        try:
+            for span in left:
+                check_log(repository, span)
+        except ObjectMissing:  # put together with others, or lost: then reading would find a hole
+            chain = _chain_of(repository, spans)
+            left = list(cover(chain.spans, spans[0].start)) if chain else []
+            if not left:
+                gone = next(iter(_gone(repository, spans)), spans[0])
+                raise hole(gone, gone.start) from None
+        else:
+            break
+    if spans and (chain := _chain_of(repository, spans)):
+        _refuse_differences(repository, chain, spans[0].start, spans[-1].end)
+
+
+def _chain_of(repository: Repository, spans: Sequence[LogSpan]) -> Chain | None:
+    need = Need(spans[0].epoch, spans[0].start, spans[-1].end)
+    found = chains(*repository.logs(spans[0].source))
+    return next((chain for chain in found if chain.covers(need)), None)
+
+
+def _refuse_differences(repository: Repository, chain: Chain, start: int, end: int) -> None:
+    """Mostly there is nothing that overlaps, and nothing is read."""
+    for one, other in overlaps(chain):
+        if other.start < end and one.end > start and (told := agree(repository, one, other)):
+            raise Damaged(
+                told, hint="`backupd verify` names everything; take the right one from another copy"
+            )
+
+
+def _gone(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[LogSpan]:
+    there = set(repository.logs(spans[0].source)[0])
+    return (span for span in spans if span not in there)
 
 
 def missing(stretches: Sequence[Chain], marks: Sequence[LogMark]) -> Iterator[str]:

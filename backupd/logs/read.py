@@ -19,7 +19,8 @@ from backupd.repository import Repository, log_key
 LOG_FOLDER = "backupd-log"
 """Where a restore into a directory puts the log, beside the files."""
 
-_AGAIN = 3  # times that what was planned is looked for anew, when compaction was faster
+AGAIN = 3
+"""Times that what was planned is looked for anew, when compaction was faster."""
 _NAP = 0.5
 
 
@@ -44,9 +45,9 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
         except ObjectMissing:
             left = list(still_there(spans, chains(*repository.logs(first.source))))
             tries = tries + 1 if position == before else 1
-            if tries <= _AGAIN:
+            if tries <= AGAIN:
                 continue
-        raise _hole(first, position)
+        raise hole(first, position)
 
 
 def read_span(
@@ -67,6 +68,20 @@ def read_span(
         raise _named(span, error) from None
 
 
+def read_tail(repository: Repository, span: LogSpan, size: int) -> bytes:
+    """The last bytes of an object's log, at most `size` and what its last frame holds. Raises Damaged,
+    ObjectMissing."""
+    header = read_header(repository, span)
+    if not header.frames:
+        return b""
+    frame, codec = header.frames[-1], repository.codec
+    stored = repository.read_log(span, offset=header.stored - frame.length, length=frame.length)
+    data = codec.decode(stored, frame.size)
+    if codec.digest(data).hex() != frame.digest:
+        raise _named(span, Damaged("its content is not what was written"))
+    return data[-size:]
+
+
 def check_log(repository: Repository, span: LogSpan) -> Header:
     """Its header, after it was compared with the name and the length of the object: a torn one is found without
     reading it. Raises Damaged, ObjectMissing."""
@@ -79,27 +94,6 @@ def check_log(repository: Repository, span: LogSpan) -> Header:
     except Damaged as error:
         raise _named(span, error) from None
     return header
-
-
-def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
-    """Each of them as `check_log`, before a restore begins. Raises Damaged."""
-    left = list(spans)
-    for _ in range(_AGAIN):
-        try:
-            for span in left:
-                check_log(repository, span)
-        except ObjectMissing:  # put together with others, or lost: then reading would find a hole
-            left = list(cover(still_there(spans, chains(*repository.logs(spans[0].source))), spans[0].start))
-            if not left:
-                gone = next(iter(_gone(repository, spans)), spans[0])
-                raise _hole(gone, gone.start) from None
-        else:
-            return
-
-
-def _gone(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[LogSpan]:
-    there = set(repository.logs(spans[0].source)[0])
-    return (span for span in spans if span not in there)
 
 
 def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
@@ -153,7 +147,8 @@ def _named(span: LogSpan, error: Damaged) -> Damaged:
     )
 
 
-def _hole(span: LogSpan, position: int) -> Damaged:
+def hole(span: LogSpan, position: int) -> Damaged:
+    """What is raised where the log ends before it should."""
     return Damaged(
         f"the log of {span.source} has a hole at {position:016x} of {span.epoch}",
         hint="it was pruned, or an object is missing; `backupd window` shows what can be restored",

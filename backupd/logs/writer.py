@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from backupd.chain import newest, stretches
 from backupd.errors import ObjectExists, StoreError
 from backupd.logs.piece import encode
-from backupd.logs.read import read_span
+from backupd.logs.read import read_span, read_tail
 from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
@@ -151,6 +151,15 @@ class LogWriter:
             self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
             if self._now() - self._put_at >= self._idle:
                 self._put_anchor()
+
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        return newest(s for epoch, chain in self._last.items() if belongs(epoch) for s in chain.spans)
+
+    def tail(self, epoch: str, size: int) -> bytes:
+        """As of the start."""
+        spans = self._last[epoch].spans if size > 0 and epoch in self._last else ()
+        last = max((span for span in spans if span.start < span.end), key=lambda s: s.end, default=None)
+        return read_tail(self._repository, last, size) if last else b""
 
     def gap(self, reason: str) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""The agent's small window: `/healthz`, `/livez` and `/status`, on the standard library.
+"""The agent's small window: `/healthz`, `/livez`, `/status` and `/metrics`, on the standard library.
 
 No authentication, and it shows names of sources, times and messages: it belongs on 127.0.0.1, or on a network
 of its own. It only reads.
@@ -14,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -25,8 +26,17 @@ from backupd.model import Json
 
 log = logging.getLogger(__name__)
 
-Answer = tuple[bool, Json]
-"""Good (200) or not (503), and the JSON that tells why."""
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A page that is no JSON."""
+
+    content: bytes
+    content_type: str
+
+
+Answer = tuple[bool, "Json | Text"]
+"""Good (200) or not (503), and what tells why."""
 
 
 class StatusServer:
@@ -84,6 +94,10 @@ def probe(url: str, *, timeout: float = 5.0) -> int:
         return 1
 
 
+def _json(what: Json) -> Text:
+    return Text((mask(json.dumps(what, indent=2)) + "\n").encode(), "application/json")
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -111,24 +125,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         page = self.pages.get(self.path.split("?", 1)[0].strip("/"))
+        what: Json | Text
         if page is None:
-            good, what = False, {"error": "no such page", "pages": sorted(f"/{name}" for name in self.pages)}
+            what = {"error": "no such page", "pages": [f"/{name}" for name in sorted(self.pages)]}
             status = HTTPStatus.NOT_FOUND
         else:
             try:
-                good, what = page()  # type: ignore[assignment]
+                good, what = page()
             except Exception as error:
                 log.exception("the page %s failed", self.path)
                 good, what = False, {"status": "failing", "error": f"{type(error).__name__}: {error}"}
             status = HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE
-        data = (mask(json.dumps(what, indent=2)) + "\n").encode()
+        shown = what if isinstance(what, Text) else _json(what)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", shown.content_type)
+        self.send_header("Content-Length", str(len(shown.content)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(shown.content)
 
     def log_message(self, format: str, *args: object) -> None:
         log.debug(format, *args)

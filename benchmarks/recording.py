@@ -1,0 +1,218 @@
+"""What continuous recording costs a PostgreSQL server, and how far what is stored lies behind: pgbench with and without
+the agent, in turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median, quantiles
+
+from backupd.logs.read import read_header
+from backupd.repository import Repository, log_key
+from backupd.stores import LocalStore
+from benchmarks.containers import docker, postgres, sql, wait_for
+from benchmarks.measure import ToolFailed
+from benchmarks.report import layout
+from benchmarks.tools import backupd_argv, clean_env
+
+_COMPACTED = 17  # minute of the hour at which serve puts the log together: its small objects are gone then
+_LISTEN = "127.0.0.1:18722"
+_LET_IN = "echo 'host replication all all trust' >> $PGDATA/pg_hba.conf"
+
+CONFIG = """
+[repository]
+location = "{repository}"
+[sources.orders]
+driver = "postgres"
+container = "{name}"
+mode = "pitr"
+[serve]
+listen = "{listen}"
+prune_schedule = "never"
+verify_schedule = "never"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of pgbench."""
+
+    per_second: float
+    """Transactions."""
+    latency: float
+    """Milliseconds, mean."""
+    latency_p99: float
+    agent: float = 0.0
+    """Processor seconds of the agent meanwhile, a second."""
+    lags: tuple[float, ...] = ()
+    """Seconds from each anchor until it was durable, in the order of the anchors."""
+
+
+def bench_recording(
+    work: Path, *, scale: int, clients: int, seconds: int, rounds: int, say: Callable[[str], None]
+) -> dict[str, object]:
+    """Medians of both, their ratio, and the lag."""
+    work.mkdir(parents=True)
+    turns: dict[str, list[Turn]] = {"without": [], "with": []}
+    with postgres("max_wal_size=4GB") as name:
+        docker("exec", name, "sh", "-c", _LET_IN)
+        sql(name, "SELECT pg_reload_conf();")
+        say(f"filling pgbench's tables at scale {scale}")
+        docker("exec", name, "pgbench", "-U", "postgres", "-i", "-q", "-s", str(scale), "postgres")
+        home = _Home(work, name)
+        with home.serving():
+            pass  # the first base is not measured
+        for number in range(rounds):
+            for kind in ("without", "with") if number % 2 == 0 else ("with", "without"):
+                _keep_clear(seconds)
+                turn = _without(name, clients, seconds) if kind == "without" else home.turn(clients, seconds)
+                turns[kind].append(turn)
+                say(f"  {kind:8} {turn.per_second:8.0f} a second, p99 {turn.latency_p99:.1f} ms")
+    return _tell(turns, seconds)
+
+
+# --- a turn --------------------------------------------------------------------------------------------------
+
+
+def _without(name: str, clients: int, seconds: int) -> Turn:
+    argv = ["pgbench", "-U", "postgres", "-n", "-c", str(clients), "-j", "2", "-T", str(seconds)]
+    script = f"cd /tmp && rm -f turn.* && {' '.join(argv)} -l --log-prefix=turn postgres && cat turn.* >&2"
+    done = subprocess.run(
+        ["docker", "exec", name, "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ToolFailed(f"pgbench ended with {done.returncode}: {done.stderr[-2000:]}")
+    told = dict(line.split(" = ", 1) for line in done.stdout.splitlines() if " = " in line)
+    # client, transaction, microseconds, script, epoch, microseconds of it
+    lines = (line.split() for line in done.stderr.splitlines())
+    latencies = [int(fields[2]) / 1000 for fields in lines if len(fields) == 6 and fields[2].isdigit()]
+    return Turn(
+        float(told["tps"].split()[0]), float(told["latency average"].split()[0]), _share(latencies, 99)
+    )
+
+
+def _keep_clear(seconds: int) -> None:
+    """Wait where a turn would meet the moment at which the log is put together."""
+    now = datetime.now(UTC)
+    meets = [(now + timedelta(seconds=s)).minute == _COMPACTED for s in range(0, seconds + 30, 10)]
+    if any(meets):
+        time.sleep(seconds + 90)
+
+
+class _Home:
+    """An agent's directory, and the agent while it serves."""
+
+    def __init__(self, work: Path, name: str) -> None:
+        self._work, self._name = work, name
+        config = work / "backupd.toml"
+        config.write_text(CONFIG.format(repository=work / "repository", name=name, listen=_LISTEN))
+        self._env = clean_env(work, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(work))
+        subprocess.run([*backupd_argv(), "-q", "init"], cwd=work, env=self._env, check=True)
+
+    @contextmanager
+    def serving(self) -> Iterator[int]:
+        """Its process; it records, and has a base and all of the log there was."""
+        with (self._work / "serve.log").open("ab") as log:
+            agent = subprocess.Popen(
+                [*backupd_argv(), "serve"], cwd=self._work, env=self._env, stdout=log, stderr=log
+            )
+        try:
+            wait_for(lambda: self._caught_up(agent), "the agent", timeout=600)
+            yield agent.pid
+        finally:
+            agent.terminate()
+            agent.wait()
+
+    def _caught_up(self, agent: subprocess.Popen[bytes]) -> bool:
+        if agent.poll() is not None:
+            raise ToolFailed((self._work / "serve.log").read_text()[-2000:])
+        try:
+            with urllib.request.urlopen(f"http://{_LISTEN}/status", timeout=5) as answer:
+                told = json.load(answer)
+        except OSError:
+            return False
+        sql(self._name, "SELECT pg_current_xact_id();")  # so that there is something to be stored
+        recorder, jobs = told["recorders"]["orders"], told["jobs"]
+        made = any(job["job"] == "backup" and job["last_ok"] and not job["doing"] for job in jobs)
+        return made and recorder["state"] == "recording" and (recorder["rpo_seconds"] or 99) < 2
+
+    def turn(self, clients: int, seconds: int) -> Turn:
+        """As without it, recorded meanwhile."""
+        with self.serving() as pid:
+            begun, before = time.time(), _processor(pid)
+            turn = _without(self._name, clients, seconds)
+            taken, spent = time.time() - begun, _processor(pid) - before
+            time.sleep(2)  # the last anchors become durable
+        lags = tuple(self._lags(begun, begun + taken))
+        return Turn(turn.per_second, turn.latency, turn.latency_p99, spent / taken, lags)
+
+    def _lags(self, begun: float, ended: float) -> Iterator[float]:
+        """An object is durable the moment its file has its name; its own time is that of its last byte."""
+        repository = Repository.open(LocalStore(self._work / "repository"))
+        found: list[tuple[float, float]] = []
+        for span in repository.logs("orders")[0]:
+            stored = (self._work / "repository" / log_key(span)).stat().st_mtime
+            if stored >= begun:
+                anchors = (anchor.at.timestamp() for anchor in read_header(repository, span).anchors)
+                found += [(at, stored - at) for at in anchors if begun <= at <= ended]
+        return (lag for _, lag in sorted(found))
+
+
+def _processor(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- telling -----------------------------------------------------------------------------------------------------
+
+
+def _tell(turns: dict[str, list[Turn]], seconds: int) -> dict[str, object]:
+    middle = {
+        kind: {
+            "transactions a second": median(turn.per_second for turn in found),
+            "latency, ms": median(turn.latency for turn in found),
+            "latency p99, ms": median(turn.latency_p99 for turn in found),
+        }
+        for kind, found in turns.items()
+    }
+    ratio = {what: value / middle["without"][what] for what, value in middle["with"].items()}
+    rows = [["recording", "without", "with", "ratio"]]
+    rows += [
+        [what, f"{value:.2f}", f"{middle['with'][what]:.2f}", f"{ratio[what]:.3f}"]
+        for what, value in middle["without"].items()
+    ]
+    lag = _lag([turn.lags for turn in turns["with"]])
+    agent = median(turn.agent for turn in turns["with"])
+    print(f"\n{layout(rows)}\n")
+    print(f"medians of {len(turns['with'])} turns of {seconds} s each; the agent took {agent:.3f} processors")
+    print("anchor to durable, s: " + ", ".join(f"{what} {value:.3f}" for what, value in lag.items()) + "\n")
+    return {
+        "medians": middle,
+        "ratio": ratio,
+        "lag": lag,
+        "agent": agent,
+        "all": {k: [asdict(turn) for turn in found] for k, found in turns.items()},
+    }
+
+
+def _lag(turns: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`growth`: the median of the last third of a turn over that of its first; 1 where it keeps up."""
+    every = [lag for lags in turns for lag in lags]
+    if not every:
+        raise ToolFailed("no anchor was stored")
+    thirds = [(lags[: len(lags) // 3], lags[-(len(lags) // 3) :]) for lags in turns if len(lags) >= 3]
+    growth = [median(last) / median(first) for first, last in thirds]
+    found = {"median": median(every), "p95": _share(every, 95), "max": max(every)}
+    return {**found, "growth": median(growth)} if growth else found
+
+
+def _share(values: Sequence[float], percent: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else sum(values)
