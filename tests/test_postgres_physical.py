@@ -20,6 +20,7 @@ from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.drivers import postgres_physical
 from backupd.drivers.postgres_client import InContainer
+from backupd.drivers.postgres_pace import BEHIND
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_replication import Server, ServerRefused, position_text
 from backupd.errors import CaptureFailed, RestoreFailed
@@ -385,6 +386,23 @@ def test_a_recorder_that_is_killed_goes_on_to_the_byte(start_server: Start) -> N
     assert length > 50_000_000
     assert cut.bytes_from(start)[:length] == whole.bytes_from(start)[:length]
     assert all(len(data) <= 9 << 20 for _, data in whole.spans)
+
+
+def test_a_log_that_fell_behind_is_caught_up_slowly_and_to_the_byte(start_server: Start) -> None:
+    """At a bound so low that it is not done by then, and is told to stop meanwhile. Without one it is done."""
+    service = start_server()
+    log = Log()
+    with recording(driver_of(service, max_rate=4), log):
+        wait_for_anchor(log, datetime.now(UTC))
+    with connect(service) as connection:
+        connection.execute("CREATE TABLE t AS SELECT repeat('x', 500) FROM generate_series(1, 400000)")
+    before = len(log.anchors)
+    with recording(driver_of(service, max_rate=4), log):
+        bed.wait_until(lambda: len(log.anchors) > before + 8, timeout=30, what="anchors")
+        assert log.end < log.anchors[-1].position - BEHIND
+    with recording(driver_of(service), log):
+        wait_for_anchor(log, datetime.now(UTC))
+    assert log.gaps == []
 
 
 def test_nothing_is_stored_while_nothing_changes_and_the_anchors_move_on(start_server: Start) -> None:

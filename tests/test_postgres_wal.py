@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from backupd.drivers.postgres_recovery import Replayed, Target, configuration, w
 from backupd.drivers.postgres_replication import (
     ServerRefused,
     System,
+    base_backup_command,
     position_of,
     position_text,
     server_from_url,
@@ -340,6 +342,24 @@ def test_the_target_that_is_set_comes_last_in_the_configuration() -> None:
     assert lines[-1] == "recovery_target_name = 'it''s'"
     assert lines.index("recovery_target_xid = ''") > lines.index("recovery_target_xid = '5'")
     assert "archive_mode = 'off'" in lines
+
+
+# --- how a base backup is asked for -------------------------------------------------------------------------
+
+
+@given(st.sampled_from([130000, 140000, 150000, 170000, 180000]), st.integers(0, 1 << 45), st.booleans())
+def test_a_base_backup_is_limited_as_far_as_a_server_takes_it(version: int, rate: int, verify: bool) -> None:
+    """32 kB to 1 GB a second; each version in its own syntax."""
+    text = base_backup_command(version, label="x", verify=verify, max_rate=rate)
+    words = re.split(r"[ ,()]+", text)
+    if "MAX_RATE" in words:
+        kilobytes = int(words[words.index("MAX_RATE") + 1])
+        assert 32 <= kilobytes <= 1 << 20
+        assert kilobytes << 10 <= max(rate, 32 << 10)
+    else:
+        assert rate == 0 or rate > 1 << 30
+    assert ("(" in text) == (version >= 150000)
+    assert ("NOVERIFY_CHECKSUMS" in text or "VERIFY_CHECKSUMS false" in text) != verify
 
 
 # --- a base backup's tars ---------------------------------------------------------------------------------

@@ -366,18 +366,23 @@ def _one_line(said: bytes) -> str:
 # --- a base backup at work -----------------------------------------------------------------------------------
 
 
-def base_backup_command(version: int, *, label: str, verify: bool, max_rate: int | None = None) -> str:
-    """BASE_BACKUP as a server of this version reads it; `max_rate` in KiB a second."""
+def base_backup_command(version: int, *, label: str, verify: bool, max_rate: int = 0) -> str:
+    """BASE_BACKUP as a server of this version reads it; `max_rate` in bytes a second, 0 is no limit.
+
+    A server takes 32 kB/s to 1 GB/s; more than that is no limit either.
+    """
+    kilobytes = max(max_rate >> 10, 32)
+    limit = [f"MAX_RATE {kilobytes}"] if max_rate > 0 and kilobytes <= 1 << 20 else []
     if version >= 150000:
         options = [
             f"LABEL '{label}'", "CHECKPOINT 'fast'", "WAIT false", "TABLESPACE_MAP true", "MANIFEST 'yes'",
             "MANIFEST_CHECKSUMS 'SHA256'", f"VERIFY_CHECKSUMS {str(verify).lower()}",
-            *([f"MAX_RATE {max_rate}"] if max_rate else []),
+            *limit,
         ]  # fmt: skip
         return f"BASE_BACKUP ({', '.join(options)})"
     options = [
         f"LABEL '{label}'", "FAST", "NOWAIT",
-        *([f"MAX_RATE {max_rate}"] if max_rate else []), "TABLESPACE_MAP",
+        *limit, "TABLESPACE_MAP",
         *([] if verify else ["NOVERIFY_CHECKSUMS"]), "MANIFEST 'yes'", "MANIFEST_CHECKSUMS 'SHA256'",
     ]  # fmt: skip
     return f"BASE_BACKUP {' '.join(options)}"
