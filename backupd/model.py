@@ -372,8 +372,17 @@ class Sandbox(Protocol):
     def create(self, source: str, spec: ContainerSpec) -> Container:
         """Made, not started; on the private network its host name is `source`."""
 
-    def wait_ready(self, container: Container, spec: ContainerSpec, *, timeout: float = 120.0) -> None:
-        """Raises RestoreFailed with the container's last lines when it does not get ready."""
+    def wait_ready(
+        self,
+        container: Container,
+        spec: ContainerSpec,
+        *,
+        timeout: float = 120.0,
+        moving: Callable[[], str] = str,
+    ) -> None:
+        """`moving` tells how far it is; while that changes, the `timeout` begins anew. What it raises ends the wait.
+
+        Raises RestoreFailed with the container's last lines when it has ended, or stands still and is not ready."""
 
     def destroy(self) -> None:
         """Containers, volumes and network: all that this sandbox made, and nothing else."""
@@ -435,6 +444,15 @@ class RecordingDriver(Protocol):
     def recovered(self, container: Container) -> Facts:
         """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
         where there is none. Raises RestoreFailed where it has not ended."""
+
+
+@runtime_checkable
+class StartingDriver(Protocol):
+    """A power that some drivers have besides: services that take long before they answer."""
+
+    def starting(self, container: Container) -> str:
+        """How far a container that does not answer yet has come, for people; it changes as long as it gets on. Empty
+        where that cannot be told. Raises nothing."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------

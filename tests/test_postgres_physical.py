@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -158,9 +158,16 @@ def start_server(services: bed.Services) -> Start:
 
 
 @pytest.fixture
-def restore() -> Iterator[Callable[..., Container]]:
+def sandbox() -> Iterator[DockerSandbox]:
+    """Its name is free; what is left of it is removed after the test."""
+    made = DockerSandbox(ENGINE, f"test-{time.time_ns()}", labels=bed.labels())
+    yield made
+    made.destroy()
+
+
+@pytest.fixture
+def restore(sandbox: DockerSandbox) -> Callable[..., Container]:
     """Restores into fresh containers, as `restore` does it."""
-    sandbox = DockerSandbox(ENGINE, f"test-{time.time_ns()}", labels=bed.labels())
     count = iter(range(99))
 
     def into_fresh(
@@ -173,8 +180,7 @@ def restore() -> Iterator[Callable[..., Container]]:
         sandbox.wait_ready(container, spec)
         return container
 
-    yield into_fresh
-    sandbox.destroy()
+    return into_fresh
 
 
 def wait_for_anchor(log: Log, after: datetime) -> None:
@@ -355,6 +361,26 @@ def test_a_restore_across_timelines_follows_the_log_it_is_given(
     assert log.gaps == []
     assert any(span.end == begins and span.epoch == first for span, _ in log.spans)
     assert sql(restore(driver, held, log), "SELECT max(n) FROM t") == "3"
+
+
+def test_a_replay_that_stands_still_is_given_up_and_says_where(
+    start_server: Start, sandbox: DockerSandbox
+) -> None:
+    """It is held up for good at the first commit behind the base."""
+    service = start_server()
+    driver, log = driver_of(service), Log()
+    with recording(driver, log):
+        held = take(driver)
+        with connect(service) as connection:
+            connection.execute("CREATE TABLE t AS SELECT repeat('x', 500) FROM generate_series(1, 60000)")
+        wait_for_anchor(log, datetime.now(UTC))
+    spec = replace(driver.home(held.point), command=("postgres", "-c", "recovery_min_apply_delay=1h"))
+    container = sandbox.create("pg", spec)
+    driver.load_to(held, log.read(held.point), None, container)
+    assert driver.starting(container) == ""
+    container.start()
+    with pytest.raises(RestoreFailed, match=r"stands still: replayed \d+ of \d\d MB of the log, "):
+        sandbox.wait_ready(container, spec, timeout=3, moving=lambda: driver.starting(container))
 
 
 # --- the recorder ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
-from backupd.drivers.postgres_recovery import Replayed, Target, configuration, wal_files
+from backupd.drivers.postgres_recovery import Replayed, Target, configuration, replaying, wal_files
 from backupd.drivers.postgres_replication import (
     ServerRefused,
     System,
@@ -34,6 +34,7 @@ from backupd.drivers.postgres_wal import (
     Transactions,
     history,
     segment_name,
+    segment_position,
 )
 from backupd.errors import CaptureFailed, ContainerError, Damaged, RestoreFailed
 from backupd.model import Anchor, LogSpan, PointKind, RecoveryPoint
@@ -404,6 +405,46 @@ def test_a_tar_that_is_cut_short_is_no_base_backup(length: int) -> None:
     if length % 512 or length == 512:
         with pytest.raises(CaptureFailed, match="cut short"):
             list(one_tar([("", whole[:length])], {}))
+
+
+# --- while it recovers ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1 << 33), st.sampled_from([1, 16, 64, 1024]), st.integers(1, 99))
+def test_a_segments_name_says_where_it_begins(position: int, mebibytes: int, timeline: int) -> None:
+    size = mebibytes * MIB
+    assert (
+        segment_position(segment_name(timeline, position * 1000, size), size)
+        == position * 1000 // size * size
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "150 57 postgres: startup recovering 000000010000000000000004   \n",
+            "replayed 42 of 50 MB of the log, 2 s",
+        ),
+        (
+            "0 1 postgres: main: startup   recovering 000000010000000000000004\n",
+            "replayed 42 of 50 MB of the log, 0 s",
+        ),
+        ("0 1 postgres: startup recovering 0000000100000000000000FF\n", "replayed 50 of 50 MB"),
+        ("150 57 postgres: startup \n", "starting, 2 s"),
+        ("", ""),
+    ],
+)
+def test_a_recovering_server_says_how_far_it_is(said: str, told: str) -> None:
+    report = '{"log_start": "0/1800000", "log_end": "0/47B0080", "segment": 16777216}\n'
+    assert replaying(said + report).startswith(told)
+    assert bool(replaying(said + report)) == bool(told)
+
+
+@given(st.text())
+def test_whatever_a_container_prints_is_no_failure(said: str) -> None:
+    replaying(said)
+    replaying(f"1 1 postgres: startup recovering {said}\n{said}")
 
 
 # --- into a container -------------------------------------------------------------------------------------
