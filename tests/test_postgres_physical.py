@@ -120,10 +120,12 @@ def sql(container: Container, text: str, database: str = "app") -> str:
     return b"".join(InContainer(container).run("psql", "-AtXc", text, database=database)).decode().strip()
 
 
-def driver_of(service: bed.Service, name: str = "orders", **settings: Any) -> PostgresPhysical:
+def driver_of(
+    service: bed.Service, name: str = "orders", *, image: str = bed.POSTGRES_IMAGE, **settings: Any
+) -> PostgresPhysical:
     """By the network alone, as the role of the documentation."""
     server = Server({"host": service.host, "port": str(service.port), "user": "backup", "password": "secret"})
-    return PostgresPhysical(PhysicalSource(name, lambda: server, lambda: bed.POSTGRES_IMAGE, **settings))
+    return PostgresPhysical(PhysicalSource(name, lambda: server, lambda: image, **settings))
 
 
 def prepare(service: bed.Service) -> None:
