@@ -237,6 +237,9 @@ class TarStream:
     paged: tuple[str, ...] = ()
     """Patterns of files that change in place in fixed pages."""
     page_size: int = 16384
+    onto: bool = False
+    """It continues the point before: a sparse file with the pax record `BACKUPD.onto` brings only pages that changed,
+    and between them is what that point has."""
 
 
 Content: TypeAlias = Tree | Streams | TarStream
@@ -444,6 +447,14 @@ class RecordingDriver(Protocol):
     def recovered(self, container: Container) -> Facts:
         """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
         where there is none. Raises RestoreFailed where it has not ended."""
+
+
+@runtime_checkable
+class IncrementalDriver(Protocol):
+    """A power that some drivers have besides: asking the source only for what changed."""
+
+    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
+        """As `capture`; the content may be `onto` that point. Raises Damaged where it cannot be read."""
 
 
 @runtime_checkable

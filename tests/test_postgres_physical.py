@@ -16,6 +16,7 @@ import pytest
 import services as bed
 from captured import take
 
+from backupd import backup
 from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.drivers import postgres_physical
@@ -483,9 +484,10 @@ def test_a_lost_slot_is_a_gap_and_recording_goes_on_behind_it(start_server: Star
 
 
 def test_a_second_base_stores_little_and_both_come_back(
-    start_server: Start, restore: Callable[..., Container]
+    start_server: Start, restore: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relation files are cut at their pages: what did not change is not stored again."""
+    monkeypatch.setattr(backup, "_LOG_PATIENCE", 0)  # the log is held beside the repository
     service = start_server()
     driver, log = driver_of(service), Log()
     repository = Repository.create(MemoryStore(), clock=lambda: datetime.now(UTC))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from backupd.drivers.postgres_recovery import (
     wal_files,
 )
 from backupd.drivers.postgres_replication import (
+    MANIFEST,
     BaseBackup,
     Replication,
     Server,
@@ -57,7 +59,7 @@ from backupd.drivers.postgres_replication import (
     talking,
 )
 from backupd.drivers.postgres_sql import hint_for, instant
-from backupd.errors import BackupdError, CaptureFailed, ContainerError, RestoreFailed
+from backupd.errors import BackupdError, CaptureFailed, ContainerError, NoRecoveryPoint, RestoreFailed
 from backupd.model import (
     Archive,
     Bytes,
@@ -78,6 +80,8 @@ if TYPE_CHECKING:
     from backupd.config.models import PostgresSource
     from backupd.sandbox.docker import Engine
 
+log = logging.getLogger(__name__)
+
 ABOUT = """
 SELECT jsonb_build_object('version', current_setting('server_version_num')::int,
   'server_version', current_setting('server_version'),
@@ -89,6 +93,8 @@ SELECT jsonb_build_object('version', current_setting('server_version_num')::int,
   'senders', current_setting('max_wal_senders')::int,
   'keep', (SELECT setting::bigint FROM pg_settings WHERE name = 'max_slot_wal_keep_size'),
   'synchronous', current_setting('synchronous_standby_names'),
+  'block', current_setting('block_size')::int,
+  'summarizes', coalesce(current_setting('summarize_wal', true) = 'on', false),
   'segment', (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'),
   'tablespaces', (SELECT coalesce(jsonb_object_agg(oid::text, spcname), '{}') FROM pg_tablespace
     WHERE spcname NOT IN ('pg_default', 'pg_global')),
@@ -168,10 +174,14 @@ class PostgresPhysical:
 
     def capture(self, since: RecoveryPoint | None) -> AbstractContextManager[Capture]:  # noqa: ARG002
         """Raises CaptureFailed with the server's reason and a hint."""
-        return self._capture()
+        return self._capture(None)
+
+    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
+        """Where the server summarizes its log, it sends only the pages that changed since that point."""
+        return self._capture(earlier)
 
     @contextlib.contextmanager
-    def _capture(self) -> Iterator[Capture]:
+    def _capture(self, earlier: Archive | None) -> Iterator[Capture]:
         source = self._source
         with contextlib.ExitStack() as held, failing_as(CaptureFailed, "PostgreSQL cannot be captured"):
             with talking():
@@ -183,18 +193,14 @@ class PostgresPhysical:
                 wire = held.enter_context(server.replicate())
                 system = wire.identify()
                 history = wire.timeline_history(system.timeline)
-                command = base_backup_command(
-                    wire.version, label=f"backupd {source.name}"[:60].replace("'", ""), verify=source.verify,
-                    max_rate=source.max_rate,
-                )  # fmt: skip
-                backup = wire.base_backup(command)
+                backup, onto = _begin(source, wire, manifest_of(earlier, about, system))
             if backup.timeline != system.timeline:
                 raise CaptureFailed("the server changed its timeline just now", hint="run the backup again")
             more = {f"pg_wal/{system.timeline:08X}.history": history}
-            tar = _reading(one_tar(backup.messages(), more), wire)
+            tar = _reading(one_tar(backup.messages(), more, onto=onto), wire)
             file = cast("BinaryIO", io.BufferedReader(IteratorFile(tar), 1 << 20))
             capture = Capture(
-                TarStream(file, paged=PAGED, page_size=PAGE_SIZE),
+                TarStream(file, paged=PAGED, page_size=PAGE_SIZE, onto=onto),
                 instant=datetime.now(UTC),
                 attributes=_attributes(about, system, backup, history, source.image()),
             )
@@ -202,6 +208,8 @@ class PostgresPhysical:
                 capture.warnings.append(
                     "nothing records the log of this source now: it cannot be restored until `backupd serve` has"
                 )
+            if onto and earlier is not None:
+                capture.attributes["changed_since"] = earlier.point.id
             yield capture
             _finish(capture, backup, sql)
 
@@ -293,6 +301,40 @@ class PostgresPhysical:
 
 
 # --- parts -------------------------------------------------------------------------------------------------
+
+
+def manifest_of(earlier: Archive | None, about: Mapping[str, Any], system: System) -> bytes | None:
+    """Of the base that a server may be asked to continue; None where it has to send all. Raises Damaged."""
+    if earlier is None or not about["summarizes"] or about["block"] != PAGE_SIZE:
+        return None
+    if earlier.point.attributes.get("system_identifier") != system.identifier:
+        return None
+    with contextlib.suppress(NoRecoveryPoint):
+        return b"".join(earlier.read(MANIFEST))
+    return None
+
+
+def _begin(source: PhysicalSource, wire: Replication, manifest: bytes | None) -> tuple[BaseBackup, bool]:
+    """A base backup of what changed since the one of this manifest, else of all; whether it is the former.
+
+    A server refuses where it has no summaries that reach back so far, as it removes them after ten days.
+    """
+
+    def begun(*, incremental: bool) -> BaseBackup:
+        label = f"backupd {source.name}"[:60].replace("'", "")
+        command = base_backup_command(
+            wire.version, label=label, verify=source.verify, max_rate=source.max_rate, incremental=incremental
+        )
+        return wire.base_backup(command)
+
+    if manifest is not None:
+        try:
+            wire.upload_manifest(manifest)
+            return begun(incremental=True), True
+        except ServerRefused as error:
+            wire.query_rest()
+            log.info("%s: all is captured this time, not only what changed: %s", source.name, error.message)
+    return begun(incremental=False), False
 
 
 def shortcomings(about: Mapping[str, Any], name: str, slot: Sequence[Any] | None) -> list[Problem]:
@@ -394,6 +436,7 @@ def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...
             hint="a standby that has replayed nothing: wait, or use the primary",
         )
     capture.instant = row[0].astimezone(UTC)
+    capture.attributes["sent"] = backup.sent
     capture.attributes["end"] = max(backup.end, position_of(row[1]))
 
 
