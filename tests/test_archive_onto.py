@@ -5,16 +5,25 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 from engine import Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backupd.archive import open_archive
 from backupd.archive.feed import LARGE
+from backupd.backup import back_up
 from backupd.errors import Damaged
-from backupd.model import RecoveryPoint, TarStream
+from backupd.model import Archive, Capture, RecoveryPoint, Run, RunStatus, Silence, TarStream
+from backupd.repository import Repository
+from backupd.stores import MemoryStore
 
 PAGE = 8192
 MOST = LARGE // PAGE
@@ -134,3 +143,66 @@ def test_a_tar_that_ends_within_the_pages_makes_no_point() -> None:
                 io.BytesIO(server.tar(onto=True)[: PAGE * 2]), paged=("/**",), page_size=PAGE, onto=True
             )
         )
+
+
+# --- through a backup ---------------------------------------------------------------------------------------
+
+
+class Driver:
+    """A `model.IncrementalDriver` of that server."""
+
+    kind = "pages"
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.asked: list[str] = []
+
+    @contextmanager
+    def _capture(self, *, onto: bool) -> Iterator[Capture]:
+        file = io.BytesIO(self.server.tar(onto=onto))
+        yield Capture(TarStream(file, paged=("/**",), page_size=PAGE, onto=onto), datetime.now(UTC))
+
+    def capture(self, since: RecoveryPoint | None) -> AbstractContextManager[Capture]:
+        self.asked.append("all")
+        return self._capture(onto=False)
+
+    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
+        self.asked.append("changed")
+        return self._capture(onto=True)
+
+    home = load = facts = check = None
+
+
+@pytest.mark.parametrize("damage", ["nothing", "a pack is gone", "content is damaged"])
+def test_where_the_point_before_is_damaged_all_is_captured(damage: str) -> None:
+    """In the same run, which tells of it: the next point is whole."""
+    store, server = MemoryStore(), Server()
+    driver, clock = Driver(server), partial(datetime.now, UTC)
+    repository = Repository.create(store, clock=clock)
+
+    def run(**options: bool) -> Run:
+        return back_up(
+            "pages", driver, repository, clock=clock, progress=Silence(), stop=threading.Event(), **options
+        )  # type: ignore[arg-type]
+
+    server.change("a", 3, {0, 1, 2})
+    server.change("b", 2 * MOST, set(range(2 * MOST)))
+    run()
+    (pack,) = [info.key for info in store.list("packs/")]
+    if damage == "a pack is gone":
+        store.delete(pack)
+    elif damage == "content is damaged":
+        held = bytearray(store.get(pack))
+        held[100:200] = bytes(100)
+        store.put(pack, bytes(held), overwrite=True)
+    server.change("a", 3, {1})
+    second = run()
+    point = repository.find(second.point)
+    if damage == "nothing":
+        assert (driver.asked, second.status) == (["all", "changed"], RunStatus.OK)
+    else:
+        assert (driver.asked, second.status) == (["all", "changed", "all"], RunStatus.WARNED)
+        assert "all was captured" in " ".join(second.warnings)
+    assert b"".join(open_archive(repository, point).read("a")) == b"".join(server.files["a"])
+    run(allow_shrink=True)
+    assert driver.asked[-1] == "all"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 import pytest
 import services as bed
@@ -17,7 +15,6 @@ from test_postgres_physical import (
     Start,
     connect,
     driver_of,
-    one,
     recording,
     sandbox,
     sql,
@@ -26,14 +23,8 @@ from test_postgres_physical import (
 )
 from test_postgres_physical import restore as restore_with
 
-from backupd import backup
-from backupd.archive import open_archive
-from backupd.backup import back_up
 from backupd.drivers.postgres_dump import OLDEST
-from backupd.drivers.postgres_sql import number
-from backupd.model import Container, RecoveryPoint, Silence
-from backupd.repository import Repository
-from backupd.stores import MemoryStore
+from backupd.model import Container
 
 __all__ = ["restore_with", "sandbox", "start_server"]
 
@@ -45,85 +36,6 @@ def test_no_supported_version_is_left_out() -> None:
     newest = max(map(int, VERSIONS))
     default = bed.POSTGRES_IMAGE.rpartition(":")[2]
     assert sorted({*VERSIONS, default}, key=int) == [str(major) for major in range(OLDEST, newest + 1)]
-
-
-def lose_summaries(service: bed.Service) -> None:
-    """Those of the log since the last base; the server makes none twice."""
-    with connect(service) as connection:
-        connection.execute("CREATE TABLE more AS SELECT 1 AS n")
-        connection.execute("CHECKPOINT")
-    done = "SELECT summarized_lsn >= redo_lsn FROM pg_get_wal_summarizer_state(), pg_control_checkpoint()"
-    bed.wait_until(lambda: bool(one(service, done)), timeout=30, what="a summary")
-    service.exec("sh", "-c", "rm $PGDATA/pg_wal/summaries/*")
-
-
-@pytest.mark.parametrize("major", ["17", "18"])
-def test_a_server_that_summarizes_its_log_sends_only_pages_that_changed(
-    major: str, start_server: Start, restore_with: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Onto the point before, and onto that again; each point stands alone, after the one it continued is gone. Where
-    the summaries are gone, all is sent."""
-    monkeypatch.setattr(backup, "_LOG_PATIENCE", 0)  # the log is held beside the repository
-    service = start_server("summarize_wal=on", image=f"postgres:{major}")
-    driver, log = driver_of(service, image=f"postgres:{major}"), Log()
-    repository = Repository.create(MemoryStore(), clock=lambda: datetime.now(UTC))
-
-    def back_up_now() -> RecoveryPoint:
-        clock = partial(datetime.now, UTC)
-        run = back_up("orders", driver, repository, clock=clock, progress=Silence(), stop=threading.Event())
-        return repository.find(run.point)
-
-    service.exec("sh", "-c", "install -d -o postgres /var/lib/postgresql/spaced")
-    with connect(service) as connection:
-        for text in (
-            "CREATE EXTENSION amcheck",
-            "CREATE TABLESPACE fast LOCATION '/var/lib/postgresql/spaced'",
-            "CREATE TABLE t AS SELECT g AS n, md5(g::text) FROM generate_series(1, 200000) g",
-            "CREATE INDEX ON t(n)",
-            "CREATE TABLE cut AS SELECT * FROM t",
-            "CREATE TABLE spaced(n int PRIMARY KEY) TABLESPACE fast",
-            "INSERT INTO spaced SELECT generate_series(1, 60000)",
-            "VACUUM FREEZE",
-        ):
-            connection.execute(text.encode())
-    points = []
-    with recording(driver, log):
-        points.append(back_up_now())
-        with connect(service) as connection:
-            connection.execute("UPDATE t SET md5 = 'changed' WHERE n % 20000 = 0")
-            connection.execute("DELETE FROM cut WHERE n > 1000")
-            connection.execute("VACUUM cut")
-            connection.execute("INSERT INTO spaced SELECT generate_series(60001, 60100)")
-        points.append(back_up_now())
-        with connect(service) as connection:
-            connection.execute("UPDATE t SET md5 = 'again' WHERE n % 40000 = 0")
-            connection.execute("CREATE TABLE young AS SELECT generate_series(1, 500000) n")
-        points.append(back_up_now())
-        lose_summaries(service)
-        points.append(back_up_now())
-        wait_for_anchor(log, datetime.now(UTC))
-    sent = [number(point.attributes["sent"]) for point in points]
-    assert sent[1] * 4 < sent[0]
-    assert [point.attributes.get("changed_since") for point in points] == [
-        None,
-        points[0].id,
-        points[1].id,
-        None,
-    ]
-    assert sent[3] > sent[0]
-    assert [point.warnings for point in points] == [()] * 4
-    assert all(point.size > 30_000_000 for point in points)
-    with repository.lease("orders") as lease:
-        for old in points[:2]:
-            repository.remove_point(old, lease)
-    counted = "SELECT count(*), count(*) FILTER (WHERE md5 = 'changed'), count(*) FILTER (WHERE md5 = 'again') FROM t"
-    container = restore_with(driver, open_archive(repository, points[2]), log, points[2].instant)
-    assert sql(container, counted) == "200000|5|5"
-    assert sql(container, "SELECT count(*), max(n) FROM cut") == "1000|1000"
-    assert sql(container, "SELECT count(*) FROM spaced") == "60100"
-    assert sql(container, "SELECT count(*) FROM young") == "500000"
-    for index in ("t_n_idx", "spaced_pkey"):
-        sql(container, f"SELECT bt_index_parent_check('{index}', true)")
 
 
 @pytest.mark.parametrize("major", VERSIONS)

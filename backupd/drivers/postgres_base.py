@@ -86,6 +86,8 @@ class _Part:
                     yield content
                 else:
                     yield from self._special.take(content)
+                    if not self._left:
+                        self._special.finish()
                 continue
             missing = _BLOCK - len(self._head)
             self._head += data[:missing]
@@ -106,6 +108,8 @@ class _Part:
         self._special = _special(block) if self._onto else None
         if self._special is None:
             yield block
+        elif not self._left:
+            self._special.finish()
 
     def finish(self, name: str) -> None:
         if self._left or self._head:
@@ -121,7 +125,7 @@ def _special(header: bytes) -> _Changed | _Label | None:
     if info.isfile() and name.startswith(_INCREMENTAL):
         info.name = f"{folder}/{name.removeprefix(_INCREMENTAL)}"
         return _Changed(info)
-    return _Label(info) if info.name == _LABEL else None
+    return _Label(info) if info.name == _LABEL and info.size else None
 
 
 class _Changed:
@@ -147,6 +151,11 @@ class _Changed:
             yield self._header(numbers, kept)
         yield content[: self._left]  # behind it the tar's padding
         self._left -= min(self._left, len(content))
+
+    def finish(self) -> None:
+        """Its content has ended. Raises CaptureFailed where that was too early."""
+        if self._left:
+            raise self._wrong()
 
     def _counts(self) -> tuple[int, int]:
         magic, count, kept = _HEAD.unpack_from(self._head)
@@ -198,6 +207,9 @@ class _Label:
             text = b"".join(line for line in lines if not line.startswith(_REFUSED))
             self._info.size = len(text)
             yield self._info.tobuf(PAX_FORMAT) + text + padding(len(text))
+
+    def finish(self) -> None:
+        """It is whole: the tar says how long it is."""
 
 
 def below(block: bytes, prefix: bytes) -> bytes:
