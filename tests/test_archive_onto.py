@@ -101,8 +101,9 @@ def test_every_point_has_the_whole_file_whatever_its_size_becomes(
 
 
 def test_what_did_not_change_is_neither_read_nor_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only index and names are; a page that changed costs itself."""
+    """Only index and names are; a page that changed costs itself. A small file that did not change costs nothing."""
     engine, server = Engine(), Server()
+    server.change("base/5/0", 3, {0, 1, 2})
     server.change("base/5/1", 10 * MOST, set(range(10 * MOST)))
     server.stored(engine, onto=False)
     server.change("base/5/1", 10 * MOST, {3, 4, 777})
@@ -111,7 +112,8 @@ def test_what_did_not_change_is_neither_read_nor_stored(monkeypatch: pytest.Monk
         point = server.stored(engine, onto=True)
     assert 3 * PAGE <= point.stored < 5 * PAGE
     assert content(engine, point, "base/5/1") == b"".join(server.files["base/5/1"])
-    assert point.size == 10 * LARGE
+    assert content(engine, point, "base/5/0") == b"".join(server.files["base/5/0"])
+    assert point.size == 10 * LARGE + 3 * PAGE
 
 
 def test_a_file_given_in_part_that_was_not_there_before_is_refused() -> None:

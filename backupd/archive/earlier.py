@@ -137,9 +137,12 @@ class Earlier:
 
     def content(self, pieces: Pieces) -> Iterator[bytes]:
         """The bytes of a file of the latest point. Raises Damaged."""
+        return (bytes(part) for _, part in self._frames.stream([(None, pieces)]) if part is not None)
+
+    @cached_property
+    def _frames(self) -> FrameReader:
         assert self.latest is not None  # noqa: S101  it has no files else
-        frames = FrameReader(self._repository, self.latest)
-        return (bytes(part) for _, part in frames.stream([(None, pieces)]) if part is not None)
+        return FrameReader(self._repository, self.latest)
 
     @cached_property
     def known(self) -> KnownContent:

@@ -25,6 +25,11 @@ def page_by_page(pieces: Pieces, old: int, size: int, given: Extents, page: int)
     return aligned and single and old % page == 0 and sum(count for _, _, count in pieces) == old // page
 
 
+def unchanged(old: int, size: int, given: Extents) -> bool:
+    """Whether it is the file that was. Pure."""
+    return not given and old == size
+
+
 def feed_pages(
     pipeline: Pipeline, fill: Fill, pieces: Pieces, old: int, size: int, given: Extents, page: int
 ) -> Content:

@@ -9,7 +9,7 @@ from typing import Any
 from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import LARGE, feed_large
-from backupd.archive.onto import feed_pages, feed_whole, laid_together, page_by_page
+from backupd.archive.onto import feed_pages, feed_whole, laid_together, page_by_page, unchanged
 from backupd.archive.page import CONTENT, SIZE, Content, Pieces, Row, encode_xattrs
 from backupd.archive.patterns import compile_patterns
 from backupd.archive.scan import sort_key
@@ -128,6 +128,8 @@ class TarStreamReader:
         if row is None:
             raise Damaged(f"{path} is given in part, and the point before does not have it")
         pieces, old, given = row[CONTENT], row[SIZE], entry.sparse or ()
+        if unchanged(old, entry.size, given):
+            return list(pieces)
         fill, page = self._reader.readinto, self._page_size
         if page_by_page(pieces, old, entry.size, given, page):
             return feed_pages(self._writer.pipeline, fill, pieces, old, entry.size, given, page)
