@@ -382,7 +382,7 @@ def test_a_replay_that_stands_still_is_given_up_and_says_where(
     driver.load_to(held, log.read(held.point), None, container)
     assert driver.starting(container) == ""
     container.start()
-    with pytest.raises(RestoreFailed, match=r"stands still: replayed \d+ of \d\d MB of the log, "):
+    with pytest.raises(RestoreFailed, match=r"stood still for 3 s, replayed \d+ of \d\d MB of the log, "):
         sandbox.wait_ready(container, spec, timeout=3, moving=lambda: driver.starting(container))
 
 

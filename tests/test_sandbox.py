@@ -473,7 +473,7 @@ def test_a_service_that_gets_on_is_waited_for_and_one_that_stands_still_is_not(
     sandbox.wait_ready(made, spec, timeout=2, moving=moving)
     assert asked[-1] - asked[0] > 5
     b"".join(made.exec(["rm", "/up"]))
-    with pytest.raises(RestoreFailed, match=r"not ready after 2 s: stands still: 7 of 9; .*not yet"):
+    with pytest.raises(RestoreFailed, match=r"stood still for 2 s, 7 of 9: .*not yet"):
         sandbox.wait_ready(made, spec, timeout=2, moving=lambda: "7 of 9")
 
     def told_to_stop() -> str:

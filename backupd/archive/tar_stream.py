@@ -131,7 +131,8 @@ class TarStreamReader:
         if unchanged(old, entry.size, given):
             return list(pieces)
         fill, page = self._reader.readinto, self._page_size
-        if page_by_page(pieces, old, entry.size, given, page):
+        paged = self._paged is not None and self._paged(path, False)
+        if paged and page_by_page(pieces, old, entry.size, given, page):
             return feed_pages(self._writer.pipeline, fill, pieces, old, entry.size, given, page)
         chunks = laid_together(earlier.content(pieces), fill, old, entry.size, given)
         return feed_whole(self._writer.pipeline, chunks, entry.size, page)

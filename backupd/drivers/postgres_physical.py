@@ -3,10 +3,10 @@
 **Base.** `BASE_BACKUP` with a fast checkpoint and the server's own checksum verification, as one tar of the data
 directory with tablespaces below `pg_tblspc/<oid>/`; relation files are cut at their pages of 8 KiB.
 
-**Only what changed.** A server of version 17 or later that summarizes its log (`summarize_wal`) is given the manifest of
-the point before, and sends the pages that changed since then; they are laid onto that point, so every point stands for
-itself, and no pg_combinebackup is needed. Its `backup_manifest` lists what was sent: the next one continues it, and
-pg_verifybackup cannot use it. Where the server refuses, it sends all.
+**Only what changed.** A server that summarizes its log (`summarize_wal`, from 17 on) is given the manifest of the point
+before, and sends the pages that changed since; they are laid onto that point, so every point stands for itself and no
+pg_combinebackup is needed. Its `backup_manifest` lists what was sent: the next base continues it, and pg_verifybackup
+cannot use it. Where the server refuses, it sends all.
 
 **Instant.** After the base the server's clock is read, then its position. That position is the point's `end`: the
 base is consistent from there on, and all that was acknowledged before the instant lies at or before it.

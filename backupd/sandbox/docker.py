@@ -174,9 +174,13 @@ class DockerSandbox:
             if pause > ASK_FROM and (now := moving()) != place:
                 place, deadline = now, time.monotonic() + timeout
             if time.monotonic() > deadline:
-                still = f"stands still: {place}; " if place else ""
+                how = (
+                    f"stood still for {timeout:.0f} s, {place}"
+                    if place
+                    else f"was not ready after {timeout:.0f} s"
+                )
                 raise RestoreFailed(
-                    f"{mine.name} was not ready after {timeout:.0f} s: {still}{said}{_quoted(mine)}",
+                    f"{mine.name} {how}: {said}{_quoted(mine)}",
                     hint=f"docker logs {mine.name}",
                 )
             time.sleep(pause)
