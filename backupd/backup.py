@@ -6,10 +6,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from backupd.archive import ArchiveWriter, Written, open_archive, write_archive
 from backupd.archive.patterns import escape
@@ -17,11 +18,11 @@ from backupd.chain import need_in
 from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Damaged, Locked, StoreError
 from backupd.logs import wait_for_logs
 from backupd.model import (
+    Archive,
     Capture,
     Clock,
     Content,
     Driver,
-    IncrementalDriver,
     Lease,
     PointKind,
     Progress,
@@ -38,6 +39,14 @@ _LOG_PATIENCE = 60.0
 """Seconds that a backup waits for the log that its point needs."""
 _MATTERS = 64 << 10
 """Bytes: what was smaller than this may shrink as it likes."""
+
+
+@runtime_checkable
+class IncrementalDriver(Protocol):
+    """A power that some drivers have besides: asking the source only for what changed."""
+
+    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
+        """As `capture`; the content may be `onto` that point. Raises Damaged where it cannot be read."""
 
 
 def back_up(

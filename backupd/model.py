@@ -376,14 +376,9 @@ class Sandbox(Protocol):
         """Made, not started; on the private network its host name is `source`."""
 
     def wait_ready(
-        self,
-        container: Container,
-        spec: ContainerSpec,
-        *,
-        timeout: float = 120.0,
-        moving: Callable[[], str] = str,
+        self, container: Container, spec: ContainerSpec, *, moving: Callable[[], str] = str
     ) -> None:
-        """`moving` tells how far it is; while that changes, the `timeout` begins anew. What it raises ends the wait.
+        """`moving` tells how far it is: while that changes, it is waited for. What it raises ends the wait.
 
         Raises RestoreFailed with the container's last lines when it has ended, or stands still and is not ready."""
 
@@ -447,23 +442,6 @@ class RecordingDriver(Protocol):
     def recovered(self, container: Container) -> Facts:
         """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
         where there is none. Raises RestoreFailed where it has not ended."""
-
-
-@runtime_checkable
-class IncrementalDriver(Protocol):
-    """A power that some drivers have besides: asking the source only for what changed."""
-
-    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
-        """As `capture`; the content may be `onto` that point. Raises Damaged where it cannot be read."""
-
-
-@runtime_checkable
-class StartingDriver(Protocol):
-    """A power that some drivers have besides: services that take long before they answer."""
-
-    def starting(self, container: Container) -> str:
-        """How far a container that does not answer yet has come, for people; it changes as long as it gets on. Empty
-        where that cannot be told. Raises nothing."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from backupd.model import Container, ContainerSpec, Driver, Progress, StartingDriver
+from backupd.model import Container, ContainerSpec, Driver, Progress
 
 _TOLD_EVERY = 10.0
 """Seconds between two lines of how far it is: where there is no terminal each is one more."""
+
+
+@runtime_checkable
+class StartingDriver(Protocol):
+    """A power that some drivers have besides: services that take long before they answer."""
+
+    def starting(self, container: Container) -> str:
+        """How far a container that does not answer yet has come, for people; it changes as long as it gets on. Empty
+        where that cannot be told. Raises nothing."""
 
 
 class Ready(Protocol):

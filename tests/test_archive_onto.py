@@ -6,7 +6,7 @@ import io
 import random
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +21,19 @@ from backupd.archive import open_archive
 from backupd.archive.feed import LARGE
 from backupd.backup import back_up
 from backupd.errors import Damaged
-from backupd.model import Archive, Capture, RecoveryPoint, Run, RunStatus, Silence, TarStream
+from backupd.model import (
+    Archive,
+    Capture,
+    Container,
+    ContainerSpec,
+    Facts,
+    Problem,
+    RecoveryPoint,
+    Run,
+    RunStatus,
+    Silence,
+    TarStream,
+)
 from backupd.repository import Repository
 from backupd.stores import MemoryStore
 
@@ -151,7 +163,7 @@ def test_a_tar_that_ends_within_the_pages_makes_no_point() -> None:
 
 
 class Driver:
-    """A `model.IncrementalDriver` of that server."""
+    """A `backup.IncrementalDriver` of that server."""
 
     kind = "pages"
 
@@ -172,7 +184,15 @@ class Driver:
         self.asked.append("changed")
         return self._capture(onto=True)
 
-    home = load = facts = check = None
+    def home(self, point: RecoveryPoint) -> ContainerSpec:
+        raise NotImplementedError
+
+    def load(self, archive: Archive, container: Container) -> None: ...
+    def facts(self, container: Container) -> Facts:
+        raise NotImplementedError
+
+    def check(self) -> Sequence[Problem]:
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("damage", ["nothing", "a pack is gone", "content is damaged"])
@@ -182,10 +202,11 @@ def test_where_the_point_before_is_damaged_all_is_captured(damage: str) -> None:
     driver, clock = Driver(server), partial(datetime.now, UTC)
     repository = Repository.create(store, clock=clock)
 
-    def run(**options: bool) -> Run:
+    def run(*, allow_shrink: bool = False) -> Run:
         return back_up(
-            "pages", driver, repository, clock=clock, progress=Silence(), stop=threading.Event(), **options
-        )  # type: ignore[arg-type]
+            "pages", driver, repository, clock=clock, progress=Silence(), stop=threading.Event(),
+            allow_shrink=allow_shrink,
+        )  # fmt: skip
 
     server.change("a", 3, {0, 1, 2})
     server.change("b", 2 * MOST, set(range(2 * MOST)))
