@@ -5,7 +5,8 @@
 #
 # Where an image is there already, nothing is done; where a registry answers, it is pulled and nothing else
 # happens. Without a registry (root on Debian, apt and pip at hand) the engine comes from apt and the images
-# are stand-ins under the official names, holding the real programs, each with the label standin=1.
+# are stand-ins under the official names, holding the real programs, each with the label standin=1. There are some
+# for postgres:13 (with npm, on x86_64) to postgres:18.
 #
 #   STANDINS=auto|never|always     never: fail where an official image cannot be pulled
 #   PULL_TIMEOUT=120               seconds for one pull
