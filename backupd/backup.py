@@ -6,16 +6,19 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from backupd.archive import ArchiveWriter, Written, write_archive
+from backupd.archive import ArchiveWriter, Written, open_archive, write_archive
 from backupd.archive.patterns import escape
 from backupd.chain import need_in
-from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Locked, StoreError
+from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Damaged, Locked, StoreError
 from backupd.logs import wait_for_logs
 from backupd.model import (
+    Archive,
     Capture,
     Clock,
     Content,
@@ -38,6 +41,14 @@ _MATTERS = 64 << 10
 """Bytes: what was smaller than this may shrink as it likes."""
 
 
+@runtime_checkable
+class IncrementalDriver(Protocol):
+    """A power that some drivers have besides: asking the source only for what changed."""
+
+    def capture_onto(self, earlier: Archive) -> AbstractContextManager[Capture]:
+        """As `capture`; the content may be `onto` that point. Raises Damaged where it cannot be read."""
+
+
 def back_up(
     source: str,
     driver: Driver,
@@ -55,20 +66,24 @@ def back_up(
     StoreError, Locked, Interrupted. Then there is no new point, and the one before is still the latest.
     """
     started = clock()
-    point_id = new_point_id()
     with _lease(repository, source) as lease:
-        writer = ArchiveWriter(repository, source, point_id, progress=progress, stop=stop)
-        latest = writer.earlier.latest
         progress.stage(f"{source}: capturing")
-        # A driver told of no earlier point has nothing to compare with: so it is when a person allows less.
+
+        def take(*, onto: bool) -> _Taken:
+            writer = ArchiveWriter(repository, source, new_point_id(), progress=progress, stop=stop)
+            return _take(driver, repository, writer, allow_shrink=allow_shrink, onto=onto)
+
         try:
-            with driver.capture(latest.point if latest and not allow_shrink else None) as capture:
-                written = write_archive(writer, _without_repository(capture, repository))
-        except (CommandFailed, ContainerError) as error:
-            raise CaptureFailed(error.message, hint=error.hint) from error
-        # The context has ended well: what made the bytes has said that they are all there.
+            taken = take(onto=isinstance(driver, IncrementalDriver))
+        except Damaged as error:
+            if not isinstance(driver, IncrementalDriver):
+                raise
+            taken = take(onto=False)  # what is there cannot be continued; all of the source may still be had
+            told = f"the point before was not continued, and all was captured: {error.message}"
+            taken.written.warnings.append(told)
+        point_id, capture, written, latest = taken
         if not allow_shrink:
-            _check_size(source, written, latest.point if latest else None)
+            _check_size(source, written, latest)
         late = _wait_for_log(source, capture, repository, stop, progress)
         point = _point(source, point_id, driver, capture, written, started, clock())
         _check_packs(repository, source, written)
@@ -83,6 +98,34 @@ def back_up(
         id=os.urandom(6).hex(), job="backup", source=source, status=status, started=started, finished=clock(), due=due,
         point=point_id, size=point.size, stored=point.stored, warnings=warnings,
     )  # fmt: skip
+
+
+class _Taken(NamedTuple):
+    point_id: str
+    capture: Capture
+    written: Written
+    before: RecoveryPoint | None
+    """The latest point, of which the new one may take over what it has."""
+
+
+def _take(
+    driver: Driver, repository: Repository, writer: ArchiveWriter, *, allow_shrink: bool, onto: bool
+) -> _Taken:
+    """One capture, written. `onto`: of what changed since the latest point, where the driver can."""
+    latest = writer.earlier.latest
+    # A driver told of no earlier point has nothing to compare with: so it is when a person allows less.
+    since = None if latest is None or allow_shrink else latest.point
+    try:
+        if onto and since is not None and isinstance(driver, IncrementalDriver):
+            capturing = driver.capture_onto(open_archive(repository, since))
+        else:
+            capturing = driver.capture(since)
+        with capturing as capture:
+            written = write_archive(writer, _without_repository(capture, repository))
+    except (CommandFailed, ContainerError) as error:
+        raise CaptureFailed(error.message, hint=error.hint) from error
+    # The context has ended well: what made the bytes has said that they are all there.
+    return _Taken(writer.point_id, capture, written, latest.point if latest else None)
 
 
 def _point(

@@ -243,6 +243,9 @@ class TarStream:
     paged: tuple[str, ...] = ()
     """Patterns of files that change in place in fixed pages."""
     page_size: int = 16384
+    onto: bool = False
+    """It continues the point before: a sparse file with the pax record `BACKUPD.onto` brings only pages that changed,
+    and between them is what that point has."""
 
 
 Content: TypeAlias = Tree | Streams | TarStream
@@ -378,8 +381,12 @@ class Sandbox(Protocol):
     def create(self, source: str, spec: ContainerSpec) -> Container:
         """Made, not started; on the private network its host name is `source`."""
 
-    def wait_ready(self, container: Container, spec: ContainerSpec, *, timeout: float = 120.0) -> None:
-        """Raises RestoreFailed with the container's last lines when it does not get ready."""
+    def wait_ready(
+        self, container: Container, spec: ContainerSpec, *, moving: Callable[[], str] = str
+    ) -> None:
+        """`moving` tells how far it is: while that changes, it is waited for. What it raises ends the wait.
+
+        Raises RestoreFailed with the container's last lines when it has ended, or stands still and is not ready."""
 
     def destroy(self) -> None:
         """Containers, volumes and network: all that this sandbox made, and nothing else."""

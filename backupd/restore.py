@@ -41,6 +41,7 @@ from backupd.model import (
 )
 from backupd.plan import RestorePlan, Step
 from backupd.repository import Repository
+from backupd.waiting import Ready, start
 
 T = TypeVar("T")
 
@@ -161,8 +162,6 @@ def _into_sandbox(
 
 # --- into one container ------------------------------------------------------------------------------
 
-Ready = Callable[[Container, ContainerSpec], None]
-
 
 def restore_to_container(
     plan: RestorePlan,
@@ -206,8 +205,7 @@ def _load(
     begun: float,
 ) -> Restored:
     if spec.load_while == "running":
-        _start(container, spec, ready, progress)
-        work.check()
+        start(container, spec, driver, ready, progress, work.check)
     progress.stage("loading")
     told = _Told(archive, progress, work)
     if need_of(step.point) is None:
@@ -216,7 +214,7 @@ def _load(
         _load_to(step, driver, told, container, work)
     work.check()
     if spec.load_while == "stopped" and spec.service:
-        _start(container, spec, ready, progress)
+        start(container, spec, driver, ready, progress, work.check)
     progress.stage("comparing")
     # What was measured at capture holds for that instant alone.
     as_captured = step.lands_at == step.point.instant and not step.whole and not work.target
@@ -241,14 +239,6 @@ def _load_to(step: Step, driver: Driver, told: _Told, container: Container, work
     logs = told.count_log(read_logs(work.repository, step.logs))
     at = None if work.target else step.replay_to
     driver.load_to(told, logs, at, container, **work.target)
-
-
-def _start(container: Container, spec: ContainerSpec, ready: Ready, progress: Progress) -> None:
-    if not container.running:
-        progress.stage("starting")
-        container.start()
-    progress.stage("waiting until it answers")
-    ready(container, spec)
 
 
 def _compare_with_capture(

@@ -238,7 +238,8 @@ class Services:
         )
         service.user, service.password, service.db = user, password, db
         version = self._wait(service, lambda: postgres_version(service), timeout=60)
-        exercised["PostgreSQL"] = f"{version} {self._made_by(image)}"
+        part = "PostgreSQL" if image == POSTGRES_IMAGE else f"PostgreSQL {version.partition('.')[0]}"
+        exercised[part] = f"{version} {self._made_by(image)}"
         return service
 
     def redis(

@@ -23,7 +23,7 @@ from backupd.config import (
     parse_duration,
 )
 from backupd.config.schema import json_schema
-from backupd.config.values import Mistaken, check_name, check_schedule
+from backupd.config.values import Mistaken, check_name, check_schedule, parse_rate
 from backupd.errors import UsageError
 from backupd.retention import Policy
 
@@ -363,6 +363,25 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(Mistaken) as raised:
         parse_duration(text)
     assert "30d" in raised.value.hint
+
+
+@given(
+    st.integers(1, 10**6),
+    st.sampled_from(["kB", "MB", "GB", "kiB", "MiB", "GiB"]),
+    st.sampled_from(["", "/s"]),
+)
+def test_rates_are_read_as_they_are_said(number: int, unit: str, second: str) -> None:
+    base, power = (1024 if "i" in unit else 1000), "kMG".index(unit[0]) + 1
+    assert parse_rate(f"{number}{unit}{second}") == number * base**power
+    assert parse_rate("unlimited") == 0
+
+
+@pytest.mark.parametrize("text", ["", "15", "MB", "0MB/s", "-5MB/s", "1MB/h", "1e9MB", "5 Mbit/s"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    """With an example of what is."""
+    with pytest.raises(Mistaken) as raised:
+        parse_rate(text)
+    assert "100MB/s" in raised.value.hint
 
 
 @given(st.integers(0, 10**9))

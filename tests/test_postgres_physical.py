@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.drivers import postgres_physical
 from backupd.drivers.postgres_client import InContainer
+from backupd.drivers.postgres_pace import BEHIND
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_replication import Server, ServerRefused, position_text
 from backupd.errors import CaptureFailed, RestoreFailed
@@ -126,10 +127,12 @@ def sql(container: Container, text: str, database: str = "app") -> str:
     return b"".join(InContainer(container).run("psql", "-AtXc", text, database=database)).decode().strip()
 
 
-def driver_of(service: bed.Service, name: str = "orders", **settings: Any) -> PostgresPhysical:
+def driver_of(
+    service: bed.Service, name: str = "orders", *, image: str = bed.POSTGRES_IMAGE, **settings: Any
+) -> PostgresPhysical:
     """By the network alone, as the role of the documentation."""
     server = Server({"host": service.host, "port": str(service.port), "user": "backup", "password": "secret"})
-    return PostgresPhysical(PhysicalSource(name, lambda: server, lambda: bed.POSTGRES_IMAGE, **settings))
+    return PostgresPhysical(PhysicalSource(name, lambda: server, lambda: image, **settings))
 
 
 def prepare(service: bed.Service) -> None:
@@ -164,9 +167,16 @@ def start_server(services: bed.Services) -> Start:
 
 
 @pytest.fixture
-def restore() -> Iterator[Callable[..., Container]]:
+def sandbox() -> Iterator[DockerSandbox]:
+    """Its name is free; what is left of it is removed after the test."""
+    made = DockerSandbox(ENGINE, f"test-{time.time_ns()}", labels=bed.labels())
+    yield made
+    made.destroy()
+
+
+@pytest.fixture
+def restore(sandbox: DockerSandbox) -> Callable[..., Container]:
     """Restores into fresh containers, as `restore` does it."""
-    sandbox = DockerSandbox(ENGINE, f"test-{time.time_ns()}", labels=bed.labels())
     count = iter(range(99))
 
     def into_fresh(
@@ -179,8 +189,7 @@ def restore() -> Iterator[Callable[..., Container]]:
         sandbox.wait_ready(container, spec)
         return container
 
-    yield into_fresh
-    sandbox.destroy()
+    return into_fresh
 
 
 def wait_for_anchor(log: Log, after: datetime) -> None:
@@ -363,6 +372,26 @@ def test_a_restore_across_timelines_follows_the_log_it_is_given(
     assert sql(restore(driver, held, log), "SELECT max(n) FROM t") == "3"
 
 
+def test_a_replay_that_stands_still_is_given_up_and_says_where(
+    start_server: Start, sandbox: DockerSandbox
+) -> None:
+    """It is held up for good at the first commit behind the base."""
+    service = start_server()
+    driver, log = driver_of(service), Log()
+    with recording(driver, log):
+        held = take(driver)
+        with connect(service) as connection:
+            connection.execute("CREATE TABLE t AS SELECT repeat('x', 500) FROM generate_series(1, 60000)")
+        wait_for_anchor(log, datetime.now(UTC))
+    spec = replace(driver.home(held.point), command=("postgres", "-c", "recovery_min_apply_delay=1h"))
+    container = sandbox.create("pg", spec)
+    driver.load_to(held, log.read(held.point), None, container)
+    assert driver.starting(container) == ""
+    container.start()
+    with pytest.raises(RestoreFailed, match=r"stood still for 3 s, replayed \d+ of \d\d MB of the log, "):
+        sandbox.wait_ready(container, spec, timeout=3, moving=lambda: driver.starting(container))
+
+
 # --- the recorder ----------------------------------------------------------------------------------------------
 
 
@@ -392,6 +421,23 @@ def test_a_recorder_that_is_killed_goes_on_to_the_byte(start_server: Start) -> N
     assert length > 50_000_000
     assert cut.bytes_from(start)[:length] == whole.bytes_from(start)[:length]
     assert all(len(data) <= 9 << 20 for _, data in whole.spans)
+
+
+def test_a_log_that_fell_behind_is_caught_up_slowly_and_to_the_byte(start_server: Start) -> None:
+    """At a bound so low that it is not done by then, and is told to stop meanwhile. Without one it is done."""
+    service = start_server()
+    log = Log()
+    with recording(driver_of(service, max_rate=4), log):
+        wait_for_anchor(log, datetime.now(UTC))
+    with connect(service) as connection:
+        connection.execute("CREATE TABLE t AS SELECT repeat('x', 500) FROM generate_series(1, 400000)")
+    before = len(log.anchors)
+    with recording(driver_of(service, max_rate=4), log):
+        bed.wait_until(lambda: len(log.anchors) > before + 8, timeout=30, what="anchors")
+        assert log.end < log.anchors[-1].position - BEHIND
+    with recording(driver_of(service), log):
+        wait_for_anchor(log, datetime.now(UTC))
+    assert log.gaps == []
 
 
 def test_nothing_is_stored_while_nothing_changes_and_the_anchors_move_on(start_server: Start) -> None:

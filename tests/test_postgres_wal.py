@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
-from backupd.drivers.postgres_recovery import Replayed, Target, configuration, wal_files
+from backupd.drivers.postgres_recovery import Replayed, Target, configuration, replaying, wal_files
 from backupd.drivers.postgres_replication import (
     ServerRefused,
     System,
+    base_backup_command,
     position_of,
     position_text,
     server_from_url,
@@ -32,6 +34,7 @@ from backupd.drivers.postgres_wal import (
     Transactions,
     history,
     segment_name,
+    segment_position,
 )
 from backupd.errors import CaptureFailed, ContainerError, Damaged, RestoreFailed
 from backupd.model import Anchor, LogSpan, PointKind, RecoveryPoint
@@ -348,6 +351,24 @@ def test_the_target_that_is_set_comes_last_in_the_configuration() -> None:
     assert "archive_mode = 'off'" in lines
 
 
+# --- how a base backup is asked for -------------------------------------------------------------------------
+
+
+@given(st.sampled_from([130000, 140000, 150000, 170000, 180000]), st.integers(0, 1 << 45), st.booleans())
+def test_a_base_backup_is_limited_as_far_as_a_server_takes_it(version: int, rate: int, verify: bool) -> None:
+    """32 kB to 1 GB a second; each version in its own syntax."""
+    text = base_backup_command(version, label="x", verify=verify, max_rate=rate)
+    words = re.split(r"[ ,()]+", text)
+    if "MAX_RATE" in words:
+        kilobytes = int(words[words.index("MAX_RATE") + 1])
+        assert 32 <= kilobytes <= 1 << 20
+        assert kilobytes << 10 <= max(rate, 32 << 10)
+    else:
+        assert rate == 0 or rate > 1 << 30
+    assert ("(" in text) == (version >= 150000)
+    assert ("NOVERIFY_CHECKSUMS" in text or "VERIFY_CHECKSUMS false" in text) != verify
+
+
 # --- a base backup's tars ---------------------------------------------------------------------------------
 
 
@@ -390,6 +411,46 @@ def test_a_tar_that_is_cut_short_is_no_base_backup(length: int) -> None:
     if length % 512 or length == 512:
         with pytest.raises(CaptureFailed, match="cut short"):
             list(one_tar([("", whole[:length])], {}))
+
+
+# --- while it recovers ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 1 << 33), st.sampled_from([1, 16, 64, 1024]), st.integers(1, 99))
+def test_a_segments_name_says_where_it_begins(position: int, mebibytes: int, timeline: int) -> None:
+    size = mebibytes * MIB
+    assert (
+        segment_position(segment_name(timeline, position * 1000, size), size)
+        == position * 1000 // size * size
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "150 57 postgres: startup recovering 000000010000000000000004   \n",
+            "replayed 42 of 50 MB of the log, 2 s",
+        ),
+        (
+            "0 1 postgres: main: startup   recovering 000000010000000000000004\n",
+            "replayed 42 of 50 MB of the log, 0 s",
+        ),
+        ("0 1 postgres: startup recovering 0000000100000000000000FF\n", "replayed 50 of 50 MB"),
+        ("150 57 postgres: startup \n", "starting, 2 s"),
+        ("", ""),
+    ],
+)
+def test_a_recovering_server_says_how_far_it_is(said: str, told: str) -> None:
+    report = '{"log_start": "0/1800000", "log_end": "0/47B0080", "segment": 16777216}\n'
+    assert replaying(said + report).startswith(told)
+    assert bool(replaying(said + report)) == bool(told)
+
+
+@given(st.text())
+def test_whatever_a_container_prints_is_no_failure(said: str) -> None:
+    replaying(said)
+    replaying(f"1 1 postgres: startup recovering {said}\n{said}")
 
 
 # --- into a container -------------------------------------------------------------------------------------

@@ -324,6 +324,11 @@ def test_how_often_the_log_is_stored_depends_on_the_store(tmp_path: Path) -> Non
         ('mode = "pitr"\nlog_interval = "10ms"', "too short"),
         ('mode = "pitr"\ndatabases = ["x"]', "exclude each other"),
         ('log_interval = "5s"', 'needs mode = "pitr"'),
+        ('max_rate = "5MB/s"', 'max_rate needs mode = "pitr"'),
+        ("verify = false", 'verify needs mode = "pitr"'),
+        ('mode = "pitr"\nmax_rate = "5kB/s"', "too low"),
+        ('mode = "pitr"\nmax_rate = 5', "5 has no unit"),
+        ('mode = "pitr"\nmax_rate = "5 apples"', "not a rate"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path, lines: str, message: str) -> None:

@@ -19,6 +19,7 @@ from conftest import StartService
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupd import waiting
 from backupd.backup import back_up
 from backupd.errors import Interrupted, NoRecoveryPoint, RestoreFailed, UsageError
 from backupd.model import (
@@ -128,6 +129,25 @@ def left_of(client: docker.DockerClient, sandbox: DockerSandbox) -> list[object]
     ]
 
 
+class Slow(Notes):
+    """It answers when its third look has told how far it is."""
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        super().__init__()
+        self.looks, self.stop = 0, stop
+
+    def home(self, point: RecoveryPoint) -> ContainerSpec:
+        return replace(super().home(point), command=("sleep", "600"))
+
+    def starting(self, container: Container) -> str:
+        self.looks += 1
+        if self.looks == 3:
+            b"".join(container.exec(["touch", "/up"]))
+        if self.stop is not None:
+            self.stop.set()
+        return f"{self.looks} of 3"
+
+
 # --- into a sandbox ----------------------------------------------------------------------------------
 
 
@@ -226,6 +246,32 @@ def test_a_point_that_holds_nothing_is_refused(repository: Repository, sandbox: 
         plan_restore(repository.points(), LATEST, [])
     with pytest.raises(NoRecoveryPoint):
         plan_restore(repository.points(), LATEST, ["a", "b"])
+
+
+def test_a_service_that_starts_slowly_is_waited_for_and_told(
+    repository: Repository, sandbox: DockerSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "_TOLD_EVERY", 0)
+    stages: list[str] = []
+
+    class Told(Silence):
+        def stage(self, text: str) -> None:
+            stages.append(text)
+
+    plan = captured(repository, a=Slow())
+    restore_to_sandbox(plan, lambda p: Slow(), sandbox, Work(repository, utc_now, lambda step: Told()))
+    at = stages.index("waiting until it answers")
+    assert stages[at + 1 : at + 4] == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_a_restore_that_waits_hears_that_it_is_to_stop(
+    repository: Repository, sandbox: DockerSandbox
+) -> None:
+    stop = threading.Event()
+    plan, slow = captured(repository, a=Slow()), Slow(stop)
+    with pytest.raises(Interrupted):
+        restore_to_sandbox(plan, lambda p: slow, sandbox, Work(repository, utc_now, stop=stop))
+    assert slow.looks == 1
 
 
 # --- into one container ------------------------------------------------------------------------------

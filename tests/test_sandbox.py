@@ -19,7 +19,7 @@ import services as bed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.errors import BackupdError, CommandFailed, ContainerError, Damaged, RestoreFailed
+from backupd.errors import BackupdError, CommandFailed, ContainerError, Damaged, Interrupted, RestoreFailed
 from backupd.model import ContainerSpec, Silence
 from backupd.sandbox.container import DockerContainer, _nanoseconds
 from backupd.sandbox.docker import DockerSandbox, Engine
@@ -452,6 +452,35 @@ def test_a_service_that_never_gets_ready_is_given_up(sandbox: DockerSandbox) -> 
     made.start()
     with pytest.raises(RestoreFailed, match=r"not ready after 1 s: .*not yet"):
         sandbox.wait_ready(made, spec, timeout=1)
+
+
+def test_a_service_that_gets_on_is_waited_for_and_one_that_stands_still_is_not(
+    sandbox: DockerSandbox,
+) -> None:
+    """Well beyond the time that one has that does not move; and whoever waits may end it."""
+    ready = ("sh", "-c", "echo not yet >&2; test -e /up")
+    spec = ContainerSpec(bed.REDIS_IMAGE, command=SLEEPER, ready=ready)
+    made = sandbox.create("a", spec)
+    made.start()
+    asked: list[float] = []
+
+    def moving() -> str:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > 5:
+            b"".join(made.exec(["touch", "/up"]))
+        return f"{len(asked)} of many"
+
+    sandbox.wait_ready(made, spec, timeout=2, moving=moving)
+    assert asked[-1] - asked[0] > 5
+    b"".join(made.exec(["rm", "/up"]))
+    with pytest.raises(RestoreFailed, match=r"stood still for 2 s, 7 of 9: .*not yet"):
+        sandbox.wait_ready(made, spec, timeout=2, moving=lambda: "7 of 9")
+
+    def told_to_stop() -> str:
+        raise Interrupted("stop")
+
+    with pytest.raises(Interrupted):
+        sandbox.wait_ready(made, spec, moving=told_to_stop)
 
 
 def test_a_volume_needs_no_image_of_its_own(sandbox: DockerSandbox) -> None:

@@ -8,16 +8,17 @@ changed. Packs count whether or not a manifest names them: what an interrupted r
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import cached_property
 from typing import TypeAlias
 
-from backupd.archive.index import PageReader
+from backupd.archive.frames import FrameReader
+from backupd.archive.index import PageReader, read_pages
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import TAIL_SIZE, Directory, decode_blobs, decode_directory, directory_length
-from backupd.archive.page import CONTENT, EXTRA, INODE, NAME, Row, pieces_of
+from backupd.archive.page import CONTENT, EXTRA, INODE, NAME, Pieces, Row, pieces_of
 from backupd.archive.pipeline import page_from_row
 from backupd.errors import Damaged
 from backupd.model import ObjectInfo
@@ -112,6 +113,36 @@ class Earlier:
         return {
             own[INODE]: path for page in self._index.all() for path, own, _ in page.dirs if own is not None
         }
+
+    @cached_property
+    def files(self) -> dict[str, Row]:
+        """Every file of the latest point by its path; CONTENT is Pieces. Reads every page.
+
+        Raises Damaged where not all of that point can be used again.
+        """
+        if self.latest is None:
+            return {}
+        lost = [pack.name for pack in self.latest.packs if pack.name not in self._refs]
+        if lost:
+            raise Damaged(f"the pack {lost[0]} of {self._source} is missing")
+        found: dict[str, Row] = {}
+        for page in read_pages(self._repository, self._source, self.latest.pages):
+            usable = [True] * len(page.packs)
+            for path, _, rows in page.dirs:
+                for row in rows:
+                    sparse = len(row) > EXTRA and "sparse" in row[EXTRA]
+                    if not sparse and _as_written(row, page.packs, usable) and type(row[CONTENT]) is list:
+                        found[f"{path}/{row[NAME]}" if path else row[NAME]] = row
+        return found
+
+    def content(self, pieces: Pieces) -> Iterator[bytes]:
+        """The bytes of a file of the latest point. Raises Damaged."""
+        return (bytes(part) for _, part in self._frames.stream([(None, pieces)]) if part is not None)
+
+    @cached_property
+    def _frames(self) -> FrameReader:
+        assert self.latest is not None  # noqa: S101  it has no files else
+        return FrameReader(self._repository, self.latest)
 
     @cached_property
     def known(self) -> KnownContent:

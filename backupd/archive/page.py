@@ -16,7 +16,7 @@ import base64
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,6 +29,8 @@ NAME, MODE, SIZE, MTIME, CTIME, INODE, UID, GID, LINKS, CONTENT, EXTRA = range(1
 
 Pieces: TypeAlias = "list[list[Any]]"
 """Where content lies while it is being written: [pack name, first blob, blobs], neighbours merged."""
+Content: TypeAlias = "list[Any]"
+"""A file's content on its way: pieces, and among them lists of Pieces that fill while their blobs are placed."""
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ def encode_page(dirs: Sequence[tuple[str, Row | None, Sequence[Row]]]) -> tuple[
             content = row[CONTENT]
             if type(content) is list:
                 flat: list[int] = []
-                for pack, first, count in content:
+                for pack, first, count in _placed(content):
                     number = numbers.get(pack)
                     if number is None:
                         number = numbers[pack] = len(numbers)
@@ -59,6 +61,14 @@ def encode_page(dirs: Sequence[tuple[str, Row | None, Sequence[Row]]]) -> tuple[
         blocks.append([path, own, out])
     packs = list(numbers)
     return json.dumps({"packs": packs, "dirs": blocks}, separators=(",", ":")).encode(), packs
+
+
+def _placed(content: Content) -> Iterator[list[Any]]:
+    for piece in content:
+        if type(piece[0]) is list:
+            yield from piece
+        else:
+            yield piece
 
 
 def decode_page(data: bytes) -> Page:

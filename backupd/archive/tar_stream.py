@@ -9,7 +9,8 @@ from typing import Any
 from backupd.archive import tar
 from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import LARGE, feed_large
-from backupd.archive.page import Pieces, Row, encode_xattrs
+from backupd.archive.onto import feed_pages, feed_whole, laid_together, page_by_page, unchanged
+from backupd.archive.page import CONTENT, SIZE, Content, Pieces, Row, encode_xattrs
 from backupd.archive.patterns import compile_patterns
 from backupd.archive.scan import sort_key
 from backupd.archive.writer import ArchiveWriter, Written
@@ -38,6 +39,7 @@ class TarStreamReader:
         self._wanted = compile_patterns(content.include, content.exclude)
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
         self._page_size = content.page_size
+        self._onto = content.onto
         self._dirs: list[tuple[str, Row | None, list[Row]]] = []
         self._members = 0
 
@@ -76,8 +78,8 @@ class TarStreamReader:
             return
         parent, _, row[0] = path.rpartition("/")
         if entry.typeflag == tar.FILE:
-            row[9] = self._read_file(path, entry)
-            if entry.sparse is not None:
+            row[9] = self._read_onto(path, entry) if entry.onto else self._read_file(path, entry)
+            if entry.sparse is not None and not entry.onto:
                 extra["sparse"] = [list(piece) for piece in entry.sparse]
         else:
             self._keep_header(entry)
@@ -118,6 +120,22 @@ class TarStreamReader:
         slab.length = end
         pipeline.filled()
         return pieces
+
+    def _read_onto(self, path: str, entry: tar.TarEntry) -> Content:
+        """A file of which some pages came; the latest point has the others."""
+        earlier = self._writer.earlier
+        row = earlier.files.get(path) if self._onto else None
+        if row is None:
+            raise Damaged(f"{path} is given in part, and the point before does not have it")
+        pieces, old, given = row[CONTENT], row[SIZE], entry.sparse or ()
+        if unchanged(old, entry.size, given):
+            return list(pieces)
+        fill, page = self._reader.readinto, self._page_size
+        paged = self._paged is not None and self._paged(path, False)
+        if paged and page_by_page(pieces, old, entry.size, given, page):
+            return feed_pages(self._writer.pipeline, fill, pieces, old, entry.size, given, page)
+        chunks = laid_together(earlier.content(pieces), fill, old, entry.size, given)
+        return feed_whole(self._writer.pipeline, chunks, entry.size, page)
 
     def _keep_header(self, entry: tar.TarEntry) -> None:
         if self._writer.plain:

@@ -46,7 +46,7 @@ class ArchiveWriter:
     ) -> None:
         self._repository = repository
         self._source = source
-        self._point = point_id
+        self.point_id = point_id
         self._progress = progress
         self._stop = stop
         self.earlier = Earlier(repository, source)
@@ -62,7 +62,7 @@ class ArchiveWriter:
     def pipeline(self) -> Pipeline:
         """Made when the first byte is to be stored: an unchanged tree starts no thread."""
         if self._pipeline is None:
-            names = (f"{self._point}/{number:04d}" for number in range(10**9))
+            names = (f"{self.point_id}/{number:04d}" for number in range(10**9))
             known = None if self.plain else self.earlier.known
             self._pipeline = Pipeline(
                 self._repository.codec, self._put, names, known,

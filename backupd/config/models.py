@@ -23,6 +23,8 @@ ENVIRONMENT = "the environment"
 
 Schedule: TypeAlias = Annotated[str, "schedule"]
 Zone: TypeAlias = Annotated[str, "zone"]
+Rate: TypeAlias = Annotated[int, "rate"]
+"""Bytes a second; 0 is no limit."""
 
 
 class RepositoryConfig(Table):
@@ -115,6 +117,15 @@ def _scheme(url: str | None, *schemes: str) -> None:
         )
 
 
+_PITR = {
+    "log_interval": "a dump has no log",
+    "max_rate": "pg_dump takes no limit",
+    "verify": "a dump reads through the server, which checks by itself",
+}
+"""Keys that only pitr has."""
+_LEAST_RATE = 100_000
+
+
 class PostgresSource(SourceConfig):
     """A PostgreSQL server."""
 
@@ -132,6 +143,15 @@ class PostgresSource(SourceConfig):
         None, "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
     )
 
+    max_rate: Rate | None = key(
+        None,
+        "With pitr: what a base backup may take from the server in a second, else 256MB/s; a log that fell behind is "
+        "caught up at a quarter of it.",
+    )
+    verify: bool | None = key(
+        None, "With pitr: the server checks its page checksums while it sends a base backup; else true."
+    )
+
     @property
     def recorded_every(self) -> timedelta | None:
         return self.log_interval or timedelta(seconds=1) if self.mode == "pitr" else None
@@ -147,11 +167,13 @@ class PostgresSource(SourceConfig):
             raise Mistaken("databases is empty", "name at least one, or leave it out for all of them")
         if self.mode == "pitr" and self.databases is not None:
             raise Mistaken('databases and mode = "pitr" exclude each other', "pitr takes the whole server")
-        if self.log_interval is not None:
-            if self.mode != "pitr":
-                raise Mistaken('log_interval needs mode = "pitr"', "a dump has no log")
-            if self.log_interval < timedelta(milliseconds=100):
-                raise Mistaken("log_interval is too short", "100ms at least")
+        for name, why in _PITR.items():
+            if getattr(self, name) is not None and self.mode != "pitr":
+                raise Mistaken(f'{name} needs mode = "pitr"', why)
+        if self.log_interval is not None and self.log_interval < timedelta(milliseconds=100):
+            raise Mistaken("log_interval is too short", "100ms at least")
+        if self.max_rate is not None and 0 < self.max_rate < _LEAST_RATE:
+            raise Mistaken("max_rate is too low", "100kB/s at least: a base backup has to end some day")
 
 
 class RedisSource(SourceConfig):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from backupd.config.mistakes import Mistake, dotted
-from backupd.config.models import SOURCES, Config, Schedule, Source, SourceConfig, Zone
+from backupd.config.models import SOURCES, Config, Rate, Schedule, Source, SourceConfig, Zone
 from backupd.config.secret import Secret
 from backupd.config.table import REQUIRED, Key, Table, keys_of
-from backupd.config.values import Mistaken, check_schedule, check_zone, closest, parse_duration
+from backupd.config.values import Mistaken, check_schedule, check_zone, closest, parse_duration, parse_rate
 from backupd.retention import Policy
 
 At = tuple[str, ...]
@@ -193,6 +193,12 @@ def _duration(value: object) -> timedelta:
     return parse_duration(value)
 
 
+def _rate(value: object) -> int:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise Mistaken(f"{value!r} has no unit", f'write for example "{value}MB/s"')
+    return parse_rate(_text(value))
+
+
 def _check_limits(value: Any, least: float | None, most: float | None) -> None:
     size, of = (len(value), " item") if isinstance(value, tuple) else (value, "")
     if least is not None and not size >= least:
@@ -211,6 +217,7 @@ READERS: Mapping[Any, Callable[[object], Any]] = {
     Secret: lambda value: Secret(_text(value)),
     timedelta: _duration,
     Schedule: _schedule,
+    Rate: _rate,
     Zone: lambda value: check_zone(_text(value)),
 }
 """Kind -> what reads it."""

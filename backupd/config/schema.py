@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from backupd.config.models import SOURCES, Config, Schedule, Source, Zone
+from backupd.config.models import SOURCES, Config, Rate, Schedule, Source, Zone
 from backupd.config.secret import Secret
 from backupd.config.table import REQUIRED, Key, Table, keys_of
 from backupd.config.values import NICKNAMES, format_duration
@@ -26,6 +26,7 @@ _KINDS: Mapping[Any, dict[str, Any]] = {
         **_TEXT,
         "description": f"Five fields of cron with weekday names, one of {', '.join(NICKNAMES)}, or never.",
     },
+    Rate: {**_TEXT, "description": "Bytes a second with kB, MB, GB, kiB, MiB or GiB: 100MB/s; or unlimited."},
     Zone: {**_TEXT, "description": "A time zone: UTC, Europe/Berlin."},
     Policy: {
         "type": "object",

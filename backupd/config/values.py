@@ -32,6 +32,7 @@ _UNITS = {
     "d": timedelta(days=1),
     "w": timedelta(weeks=1),
 }
+_SIZES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -70,6 +71,17 @@ def format_duration(span: timedelta) -> str:
             words.append(f"{whole // size}{unit}")
             whole %= size
     return sign + " ".join(words[:2])
+
+
+def parse_rate(text: str) -> int:
+    """`256MB/s`, `64MiB`, `1.5GB/s`: bytes a second; `unlimited` is 0. Raises Mistaken."""
+    compact = text.replace(" ", "").lower()
+    if compact == "unlimited":
+        return 0
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([kmg]i?b)(?:/s)?", compact)
+    if not found or not float(found[1]):
+        raise Mistaken(f"{text!r} is not a rate", 'write for example "100MB/s", or "unlimited"')
+    return round(float(found[1]) * _SIZES[found[2]])
 
 
 def check_name(name: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
+from backupd.drivers.postgres_pace import Pace
 from backupd.drivers.postgres_replication import (
     Replication,
     Server,
@@ -170,10 +171,14 @@ def _set_back(told: str) -> ServerRefused:
 class PostgresRecorder:
     """Implements `model.Recorder` for one server."""
 
-    def __init__(self, server: Callable[[], Server], slot: str, *, interval: float) -> None:
+    def __init__(
+        self, server: Callable[[], Server], slot: str, *, interval: float, catch_up: float = 0
+    ) -> None:
+        """`catch_up`: bytes a second at which a log that fell behind is read; 0 is no limit."""
         self._server = server
         self._slot = slot
         self._interval = interval
+        self._catch_up = catch_up
 
     def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
         """Until stopped. Raises ServerRefused, and what the sink raises; what was not stored stays in the slot.
@@ -214,7 +219,7 @@ class PostgresRecorder:
                 # back from another cluster under this name, an upgrade that was given up: it goes on where it was left
                 since = sink.last(lambda epoch: epoch.startswith(f"{system.identifier}-")) or since
             start = beginning(since, system, held, segment, lambda timeline: fork_of(history, timeline))
-            flow = _Flow(wire, sql, sink, self._slot, self._interval)
+            flow = _Flow(wire, sql, sink, self._slot, self._interval, Pace(self._catch_up))
             same = since is not None and start.position == since.end and not gap and not start.gap
             # The slot holds the segment of its position, and perhaps none before.
             tail = sink.tail(start.epoch, min(_COMPARED, start.position % segment)) if same else b""
@@ -230,13 +235,20 @@ class _Flow:
     """One stream of WAL on its way into a sink."""
 
     def __init__(
-        self, wire: Replication, sql: Connection[tuple[Any, ...]], sink: LogSink, slot: str, interval: float
+        self,
+        wire: Replication,
+        sql: Connection[tuple[Any, ...]],
+        sink: LogSink,
+        slot: str,
+        interval: float,
+        pace: Pace,
     ) -> None:
         self._wire = wire
         self._sql = sql
         self._sink = sink
         self._slot = slot
         self._interval = interval
+        self._pace = pace
         self._waiting: list[memoryview] = []
         self._size = 0
         self._since = 0.0  # when the first of what waits came
@@ -286,7 +298,7 @@ class _Flow:
         reported = time.monotonic()
         while not stop.is_set():
             self._anchor(tick)
-            data = self._wire.receive(tick)
+            data = self._receive(tick, stop)
             now = time.monotonic()
             if data is None:
                 self._store()
@@ -304,6 +316,16 @@ class _Flow:
         self._store()
         return True
 
+    def _receive(self, tick: float, stop: threading.Event) -> memoryview | None:
+        """As `Replication.receive`; nothing while it is too soon to read on."""
+        if (wait := self._pace.wait(time.monotonic())) > 0:
+            stop.wait(min(wait, tick))
+            return memoryview(b"")
+        data = self._wire.receive(tick)
+        if data:
+            self._pace.read(time.monotonic(), len(data), self._wire.received)
+        return data
+
     def _anchor(self, tick: float) -> None:
         now = time.monotonic()
         if now - self._anchored < tick:
@@ -311,7 +333,9 @@ class _Flow:
         self._anchored = now
         row = self._sql.execute(ANCHOR).fetchone()
         if row is not None and row[0] is not None and row[1] is not None:
-            self._sink.anchor(row[0].astimezone(UTC), position_of(row[1]))
+            position = position_of(row[1])
+            self._pace.seen(time.monotonic(), position)
+            self._sink.anchor(row[0].astimezone(UTC), position)
 
     def _store(self) -> None:
         if not self._waiting:

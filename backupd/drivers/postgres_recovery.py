@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,14 @@ from backupd.drivers._tarstream import END, entry, first_file, open_tar, padding
 from backupd.drivers.postgres_base import TABLESPACES
 from backupd.drivers.postgres_replication import position_of, position_text
 from backupd.drivers.postgres_sql import number
-from backupd.drivers.postgres_wal import Ended, Segments, Transactions, epoch_parts, history
+from backupd.drivers.postgres_wal import (
+    Ended,
+    Segments,
+    Transactions,
+    epoch_parts,
+    history,
+    segment_position,
+)
 from backupd.errors import ContainerError, RestoreFailed
 from backupd.model import Container, Json, LogSpan, RecoveryPoint
 
@@ -53,7 +61,7 @@ SETTINGS: Mapping[str, str] = {
     "logging_collector": "off", "log_destination": "stderr",
     # all WAL lies in pg_wal; nobody is let in before the recovery has ended
     "restore_command": "false", "hot_standby": "off", "recovery_target_action": "promote",
-    "recovery_target_inclusive": "on",
+    "recovery_target_inclusive": "on", "update_process_title": "on",
 }  # fmt: skip
 TARGETS = (
     "recovery_target", "recovery_target_lsn", "recovery_target_name", "recovery_target_time",
@@ -324,7 +332,7 @@ def last_files(
     files |= {
         _HBA: LET_IN,
         _AUTO: configuration(held.get(_AUTO, ""), own),
-        REPORT: json.dumps(_report(point, target, replayed), indent=1) + "\n",
+        REPORT: json.dumps(_report(point, target, replayed)) + "\n",  # a line: `STARTING` reads it so
         "recovery.signal": "",
         _VERSION: held[_VERSION],
     }
@@ -336,10 +344,43 @@ def _report(point: RecoveryPoint, target: Target, replayed: Replayed) -> dict[st
     return {
         "point": point.id,
         "asked": {key: value for key, value in {**asked, "name": target.name}.items() if value},
+        "log_start": position_text(number(point.attributes.get("start"))),
         "log_end": position_text(replayed.end),
+        "segment": number(point.attributes.get("wal_segment_size")),
         "timeline": replayed.timeline,
         "first_left_out": replayed.left_out.at.isoformat() if replayed.left_out else None,
     }
+
+
+# --- while it recovers -----------------------------------------------------------------------------------------
+
+STARTING = r"""
+for p in /proc/[0-9]*; do
+  { t=$(tr '\0' ' ' <"$p/cmdline"); } 2>/dev/null
+  case $t in postgres:*startup*) echo "$(cut -d' ' -f14,15 "$p/stat") $t" ;; esac
+done
+cat "${PGDATA:-/var/lib/postgresql/data}/%s"
+""".replace("%s", REPORT)
+"""Prints the processor time and the title of the process that replays, then the report. Nobody may connect meanwhile,
+and the log of a server before version 15 says nothing of how far it is."""
+_TICKS = 100  # a second: the kernel's, as /proc counts
+
+
+def replaying(said: str) -> str:
+    """What STARTING printed, for people: how much of the log is replayed, and at what cost. It changes with every
+    segment, and with every second of work on one; empty where nothing is replayed. Pure."""
+    line, _, report = said.partition("\n")
+    found = re.match(r"(\d+) (\d+) postgres:.*?startup(?:\s+recovering\s+([0-9A-F]{24}))?", line)
+    if found is None:
+        return ""
+    cost = f"{(int(found[1]) + int(found[2])) // _TICKS} s of processor time"
+    try:
+        told = json.loads(report)
+        start, end = position_of(told["log_start"]), position_of(told["log_end"])
+        done = min(max(segment_position(found[3] or "", told["segment"]) - start, 0), end - start)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        return f"starting, {cost}"  # it makes its files durable before it replays
+    return f"replayed {done / 1e6:,.0f} of {(end - start) / 1e6:,.0f} MB of the log, {cost}"
 
 
 def read_report(container: Container) -> dict[str, Json]:

@@ -25,6 +25,7 @@ BASE = ""
 """The part of a base backup that is the data directory itself; others are named by their tablespace's OID."""
 
 _EPOCH = 946_684_800  # PostgreSQL counts microseconds from 2000-01-01
+_UPLOAD = 1 << 16
 _REMOVED = "58P01"  # undefined_file: "requested WAL segment ... has already been removed"
 _QUIET = {
     "connect_timeout": "10",
@@ -218,6 +219,21 @@ class Replication:
 
     # --- a base backup
 
+    def upload_manifest(self, manifest: bytes) -> None:
+        """Of the base backup that the next one, taken as `incremental`, continues. Raises ServerRefused."""
+        from psycopg.pq import ExecStatus
+
+        self._send("UPLOAD_MANIFEST")
+        result = self._result()
+        if result is None or result.status != ExecStatus.COPY_IN:
+            raise ServerRefused("the server takes no manifest")
+        for at in range(0, len(manifest), _UPLOAD):
+            self._pg.put_copy_data(manifest[at : at + _UPLOAD])
+            self._flush()
+        self._pg.put_copy_end()
+        self._flush()
+        self.query_rest()
+
     def base_backup(self, command: str) -> BaseBackup:
         """Begin one; returns when the server's checkpoint is done. Raises ServerRefused."""
         self._send(command)
@@ -366,18 +382,25 @@ def _one_line(said: bytes) -> str:
 # --- a base backup at work -----------------------------------------------------------------------------------
 
 
-def base_backup_command(version: int, *, label: str, verify: bool, max_rate: int | None = None) -> str:
-    """BASE_BACKUP as a server of this version reads it; `max_rate` in KiB a second."""
+def base_backup_command(
+    version: int, *, label: str, verify: bool, max_rate: int = 0, incremental: bool = False
+) -> str:
+    """BASE_BACKUP as a server of this version reads it; `max_rate` in bytes a second, 0 is no limit.
+
+    A server takes 32 kB/s to 1 GB/s; more than that is no limit either.
+    """
+    kilobytes = max(max_rate >> 10, 32)
+    limit = [f"MAX_RATE {kilobytes}"] if max_rate > 0 and kilobytes <= 1 << 20 else []
     if version >= 150000:
         options = [
             f"LABEL '{label}'", "CHECKPOINT 'fast'", "WAIT false", "TABLESPACE_MAP true", "MANIFEST 'yes'",
             "MANIFEST_CHECKSUMS 'SHA256'", f"VERIFY_CHECKSUMS {str(verify).lower()}",
-            *([f"MAX_RATE {max_rate}"] if max_rate else []),
+            *limit, *(["INCREMENTAL"] if incremental else []),
         ]  # fmt: skip
         return f"BASE_BACKUP ({', '.join(options)})"
     options = [
         f"LABEL '{label}'", "FAST", "NOWAIT",
-        *([f"MAX_RATE {max_rate}"] if max_rate else []), "TABLESPACE_MAP",
+        *limit, "TABLESPACE_MAP",
         *([] if verify else ["NOVERIFY_CHECKSUMS"]), "MANIFEST 'yes'", "MANIFEST_CHECKSUMS 'SHA256'",
     ]  # fmt: skip
     return f"BASE_BACKUP {' '.join(options)}"
@@ -395,12 +418,19 @@ class BaseBackup:
         self.tablespaces = {oid: path for oid, path in tablespaces if oid != BASE}
         """OID -> where the server has it."""
         self._parts = [oid for oid, _ in tablespaces]
+        self.sent = 0
+        """Bytes that came."""
         self.end: int | None = None
         """Where the log must be replayed up to, known when `messages` has ended well."""
 
     def messages(self) -> Iterator[tuple[str, memoryview]]:
         """(part, bytes of its tar); the part MANIFEST is no tar. Raises ServerRefused at its end where the
         server found something wrong."""
+        for part, data in self._messages():
+            self.sent += len(data)
+            yield part, data
+
+    def _messages(self) -> Iterator[tuple[str, memoryview]]:
         typed = self._connection.version >= 150000
         part = BASE
         for number in range(len(self._parts) + 1):

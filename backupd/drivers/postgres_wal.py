@@ -40,6 +40,13 @@ def segment_name(timeline: int, position: int, size: int) -> str:
     return f"{timeline:08X}{high:08X}{low:08X}"
 
 
+def segment_position(name: str, size: int) -> int:
+    """Where the segment of this name begins. Raises ValueError."""
+    if len(name) != 24:
+        raise ValueError(name)
+    return ((int(name[8:16], 16) << 32) // size + int(name[16:], 16)) * size
+
+
 # --- segments --------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from backupd.errors import CommandFailed, ContainerError, RestoreFailed
@@ -19,6 +19,7 @@ SANDBOX = "backupd.sandbox"
 SOURCE = "backupd.source"
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 PROBE = 10.0  # seconds for one run of a `ready` program
+ASK_FROM = 0.3  # the pause from which on, after a second in all, a service is asked how far it is
 
 
 class DockerSandbox:
@@ -139,15 +140,22 @@ class DockerSandbox:
             )
         self._claimed = True
 
-    def wait_ready(self, container: Container, spec: ContainerSpec, *, timeout: float = 120.0) -> None:
-        """Poll the spec's `ready` program until it ends with 0.
+    def wait_ready(
+        self,
+        container: Container,
+        spec: ContainerSpec,
+        *,
+        timeout: float = 120.0,
+        moving: Callable[[], str] = str,
+    ) -> None:
+        """Poll the spec's `ready` program until it ends with 0; `moving` is asked from the second second on.
 
-        Raises RestoreFailed with the container's last lines when it has ended, or is not ready after
-        `timeout` seconds.
+        Raises RestoreFailed with the container's last lines when it has ended, or has neither got ready nor
+        moved for `timeout` seconds.
         """
         mine = self._engine.container(container.name)
         deadline = time.monotonic() + timeout
-        pause, said = 0.05, ""
+        pause, said, place = 0.05, "", ""
         while True:
             if not mine.running:
                 raise RestoreFailed(
@@ -163,9 +171,16 @@ class DockerSandbox:
                 said = error.message
             else:
                 return
+            if pause > ASK_FROM and (now := moving()) != place:
+                place, deadline = now, time.monotonic() + timeout
             if time.monotonic() > deadline:
+                how = (
+                    f"stood still for {timeout:.0f} s, {place}"
+                    if place
+                    else f"was not ready after {timeout:.0f} s"
+                )
                 raise RestoreFailed(
-                    f"{mine.name} was not ready after {timeout:.0f} s: {said}{_quoted(mine)}",
+                    f"{mine.name} {how}: {said}{_quoted(mine)}",
                     hint=f"docker logs {mine.name}",
                 )
             time.sleep(pause)

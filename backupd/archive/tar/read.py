@@ -45,6 +45,8 @@ class TarEntry:
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     sparse: list[tuple[int, int]] | None = None
     """(offset, length) of the pieces that hold data; the data read is these, one after another."""
+    onto: bool = False
+    """Between these pieces the file is as it was before."""
     stored: int = 0
     """Bytes of data that `readinto` gives; `size` unless sparse."""
 
@@ -63,6 +65,8 @@ _ENTRY_TYPES = {
     b"D": DIRECTORY,  # GNU, incremental: its data is a list of names
     b"6": FIFO,
 }
+ONTO = b"BACKUPD.onto"
+"""A pax record of ours, beside those of a sparse file."""
 _XATTR = b"SCHILY.xattr."
 _NEVER = 1 << 67
 """Nanoseconds: some thousand years away. 64 bits of them end in 2262, file systems go to 2446."""
@@ -383,6 +387,7 @@ class TarReader:
             if len(numbers) % 2:
                 raise self._damaged("a sparse file whose map is cut")
             order = list(zip(numbers[::2], numbers[1::2], strict=True))
+        entry.onto = ONTO in local
         self._set_sparse(entry, order)
 
     def _new_map(self) -> list[tuple[int, int]]:
