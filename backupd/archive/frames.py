@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 from backupd.archive.pack import BLOB, Directory, decode_directory
+from backupd.codec import Codec
 from backupd.errors import Damaged
 from backupd.repository import Manifest, Repository
 
@@ -81,6 +82,20 @@ class FrameReader:
             raise Damaged(f"the index names a blob that the pack {pack} does not have")
         number = bisect_right(starts, blob) - 1
         return number, starts[number], starts[number + 1]
+
+    @property
+    def codec(self) -> Codec:
+        return self._repository.codec
+
+    def stored(self, pack: str, first: int, end: int) -> tuple[Directory, memoryview]:
+        """Frames from `first` up to `end` as they are stored, in one request; and the pack's directory. Raises
+        Damaged."""
+        directory = self.directory(pack)
+        last = directory.frames[end - 1]
+        offset = directory.frames[first].offset
+        return directory, memoryview(
+            self._repository.read_pack(self._source, pack, offset, last.offset + last.length - offset)
+        )
 
     def frame(self, pack: str, number: int) -> bytes:
         """A frame's bytes; its blobs are checked where they are taken. Raises Damaged."""
