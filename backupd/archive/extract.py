@@ -46,6 +46,8 @@ from backupd.model import Progress
 _BATCH = 10_000
 """Members whose places are held in memory at once, twice: one batch is planned while another is written. Larger ones
 would decode fewer frames twice where content lies scattered over the packs of many runs."""
+_FIRST = 1_000
+"""Of the first batch: until it is planned, nothing can be written."""
 _FRAMES = 2_000
 """Frames of a batch: large files have many."""
 _SPAN = 2 << 20
@@ -58,8 +60,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-_Given: TypeAlias = "tuple[Job, memoryview]"
-"""A job, and its frame as stored."""
+_Given: TypeAlias = "tuple[Job, memoryview | None]"
+"""A job, and its frame as stored, or None where a process reads it."""
 
 
 @dataclass(slots=True)
@@ -88,17 +90,12 @@ class _Batch:
             wanted = self.wanted[pack, frame] = _Wanted(pack, frame)
         return wanted
 
-    @property
-    def full(self) -> bool:
-        return self.members >= _BATCH or len(self.wanted) >= _FRAMES
-
 
 class _Shared:
     """Jobs that several threads take from, in order, until one of them fails."""
 
-    def __init__(self, spans: Generator[list[_Given]], stop: threading.Event) -> None:
-        self._spans = spans
-        self._given = (given for span in spans for given in span)
+    def __init__(self, given: Generator[_Given], stop: threading.Event) -> None:
+        self._given = given
         self._stop = stop
         self._lock = threading.Lock()
 
@@ -113,7 +110,6 @@ class _Shared:
     def close(self) -> None:
         with self._lock:
             self._given.close()
-            self._spans.close()
 
 
 class _Room:
@@ -194,7 +190,8 @@ class Extraction:
                     self._idle.put(apart)
                 for page in pages:
                     self._plan(page)
-                    if self._batch.full:
+                    most = _BATCH if self._writing else _FIRST
+                    if self._batch.members >= most or len(self._batch.wanted) >= (_FRAMES if self._writing else 64):
                         self._next_batch(pool)
                 self._next_batch(pool)
                 self._end_batch()
@@ -275,22 +272,32 @@ class Extraction:
                 os.ftruncate(fd, row[SIZE])
             finally:
                 os.close(fd)
-        at_once = _FAR if self._frames.distant else _NEAR
-        spans = in_order(self._spans(batch), self._read, workers=at_once, ahead=at_once + 1)
-        jobs = _Shared(spans, self._stop)
+        jobs = _Shared(self._given(batch), self._stop)
         writing = [pool.submit(self._work, jobs) for _ in range(max(1, len(self._apart)))]
         self._end_batch()
         self._writing = (batch, writing)
 
-    def _spans(self, batch: _Batch) -> Iterator[list[_Wanted]]:
-        """Neighbouring frames, to be read together."""
+    def _given(self, batch: _Batch) -> Generator[_Given]:
+        """What is to be written of each frame, and the frame: read ahead, or the place where a process reads it."""
+        if self._apart and self._frames.file(""):
+            for span in self._spans(batch, most=0):
+                yield self._placed(*span), None
+            return
+        at_once = _FAR if self._frames.distant else _NEAR
+        for given in in_order(self._spans(batch, most=_SPAN), self._read, workers=at_once, ahead=at_once + 1):
+            yield from given
+
+    def _spans(self, batch: _Batch, *, most: int) -> Iterator[list[_Wanted]]:
+        """Neighbouring frames, to be read together: several of at most so many bytes, or one."""
+        waiting = list(reversed(batch.wanted.values()))
+        batch.wanted.clear()
         span: list[_Wanted] = []
         size = 0
-        while batch.wanted:
-            wanted = batch.wanted.pop(next(iter(batch.wanted)))
+        while waiting:
+            wanted = waiting.pop()
             length = self._frames.directory(wanted.pack).frames[wanted.frame].length
             if span and (
-                (wanted.pack, wanted.frame) != (span[-1].pack, span[-1].frame + 1) or size + length > _SPAN
+                (wanted.pack, wanted.frame) != (span[-1].pack, span[-1].frame + 1) or size + length > most
             ):
                 yield span
                 span, size = [], 0
@@ -299,43 +306,61 @@ class Extraction:
         if span:
             yield span
 
-    def _read(self, span: list[_Wanted]) -> list[tuple[Job, memoryview]]:
+    def _read(self, span: list[_Wanted]) -> list[_Given]:
+        """Raises Damaged."""
         pack, first = span[0].pack, span[0].frame
-        directory, stored = self._frames.stored(pack, first, first + len(span))
-        starts, row = directory.starts(), BLOB.size
-        base = directory.frames[first].offset
-        jobs = []
+        base = self._frames.directory(pack).frames[first].offset
+        stored = self._frames.stored(pack, first, first + len(span))
+        given: list[_Given] = []
         for wanted in span:
-            frame = directory.frames[wanted.frame]
-            begin, end = starts[wanted.frame], starts[wanted.frame + 1]
-            rows = bytes(directory.blobs[begin * row : end * row])
-            job = (pack, wanted.frame, frame.size, begin, rows, wanted.wholes, wanted.parts)
-            jobs.append((job, stored[frame.offset - base : frame.offset - base + frame.length]))
-        return jobs
+            job = self._placed(wanted)
+            _, _, offset, length, *_ = job
+            given.append((job, stored[offset - base : offset - base + length]))
+        return given
+
+    def _placed(self, wanted: _Wanted) -> Job:
+        directory = self._frames.directory(wanted.pack)
+        frame, starts = directory.frames[wanted.frame], directory.starts()
+        first, end = starts[wanted.frame], starts[wanted.frame + 1]
+        rows = bytes(directory.blobs[first * BLOB.size : end * BLOB.size])
+        return (
+            wanted.pack, self._frames.file(wanted.pack), frame.offset, frame.length, frame.size, wanted.frame, first,
+            rows, wanted.wholes, wanted.parts,
+        )  # fmt: skip
 
     def _work(self, jobs: _Shared) -> None:
         """What each thread does: it has a process do what comes next, or does it itself where none is idle."""
         try:
-            apart = None if self._idle.empty() else self._idle.get()
-            if apart is None or not apart.ready():
-                for job, stored in jobs:
-                    self._progress.advance(*self._here.write(job, stored))
-                return
+            apart = self._idle_process()
             sent = 0
             for job, stored in jobs:
+                if apart is None:
+                    pack, number = job[0], job[5]
+                    if stored is None:
+                        stored = self._frames.stored(pack, number, number + 1)  # noqa: PLW2901
+                    self._progress.advance(*self._here.write(job, stored))
+                    continue
                 apart.send(job, stored)
                 sent += 1
                 if sent == _SENT:
                     self._progress.advance(*apart.written())
                     sent -= 1
-            for _ in range(sent):
-                self._progress.advance(*apart.written())
-            self._idle.put(apart)
+            if apart is not None:
+                for _ in range(sent):
+                    self._progress.advance(*apart.written())
+                self._idle.put(apart)
         except BaseException:
             self._stop.set()
             raise
         finally:
             jobs.close()
+
+    def _idle_process(self) -> ExtractApart | None:
+        """None where there is none, or it could not be started."""
+        with contextlib.suppress(queue.Empty):
+            apart = self._idle.get_nowait()
+            return apart if apart.ready() else None
+        return None
 
     def _end_batch(self) -> None:
         if self._writing is None:

@@ -40,7 +40,9 @@ class ExtractApart:
     """One process. `root` is an open directory."""
 
     def __init__(self, root: int, codec: str) -> None:
-        ours = os.path.dirname(os.path.dirname(backupd.__file__))  # where it is installed to be edited, a hook finds it
+        ours = os.path.dirname(
+            os.path.dirname(backupd.__file__)
+        )  # where it is installed to be edited, a hook finds it
         request = {"root": root, "codec": codec, "blob": BLOB.format, "path": [ours, *sys.path]}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", extract_frame.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -65,9 +67,10 @@ class ExtractApart:
                 self._ready = False
         return self._ready
 
-    def send(self, job: Job, stored: memoryview) -> None:
-        """Waits while what was sent before waits in the pipe."""
+    def send(self, job: Job, stored: memoryview | None) -> None:
+        """Without the frame, the process reads it. Waits while what was sent before waits in the pipe."""
         told = marshal.dumps(job)
+        stored = stored or memoryview(b"")
         views: list[bytes | memoryview] = [JOB.pack(len(told), len(stored)) + told, stored]
         with contextlib.suppress(BrokenPipeError):  # it has ended, and may have told why
             while views:

@@ -26,9 +26,9 @@ Whole: TypeAlias = "tuple[str, int, int, int, int, int, dict[bytes, bytes] | Non
 Part: TypeAlias = "tuple[str, int, int, list[tuple[int, int]]]"
 """Blobs of a larger file that lie in one frame: path, first blob, one behind, and where in the file their bytes go,
 offset and length of each place. The file is there."""
-Job: TypeAlias = "tuple[str, int, int, int, bytes, list[Whole], list[Part]]"
-"""What is wanted of a frame: pack, number of the frame, its size when decoded, its first blob, the rows of all its
-blobs, files, parts of files."""
+Job: TypeAlias = "tuple[str, str, int, int, int, int, int, bytes, list[Whole], list[Part]]"
+"""What is wanted of a frame: pack, its file where it lies in one, offset and length of the frame, its size when
+decoded, its number, its first blob, the rows of all its blobs, files, parts of files."""
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -52,7 +52,7 @@ class FrameExtractor:
         """Bytes and number of the files that are whole now. Raises Damaged, OSError."""
         from backupd.errors import Damaged
 
-        pack, number, size, first, rows, wholes, parts = job
+        pack, _, _, _, size, number, first, rows, wholes, parts = job
         try:
             data = memoryview(self._codec.decode(stored, size))
         except Damaged as error:
@@ -190,7 +190,7 @@ def _runs(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
 # --- as a program of its own: see `extract_apart` ---------------------------------------------------------
 
 JOB = struct.Struct("<II")
-"""Length of a job as it is written, and of the stored frame: both follow."""
+"""Length of a job as it is written, and of the stored frame: both follow. Without the frame, it is in a file."""
 ANSWER = struct.Struct("<I")
 """Length of the answer that follows."""
 READY, DONE, DAMAGED, REFUSED, WARNINGS = "ready", "done", "damaged", "refused", "warnings"
@@ -214,15 +214,17 @@ def _main() -> None:
 
     tell(READY)
     buffer = bytearray(JOB.size)
+    files = _Files()
     try:
         while _fill(source, memoryview(buffer)[: JOB.size]):
-            length, stored = JOB.unpack_from(buffer)
-            if len(buffer) < length + stored:
-                buffer = bytearray(length + stored)
-            view = memoryview(buffer)[: length + stored]
+            length, given = JOB.unpack_from(buffer)
+            if len(buffer) < length + given:
+                buffer = bytearray(length + given)
+            view = memoryview(buffer)[: length + given]
             if not _fill(source, view):
                 return
-            tell(DONE, *extractor.write(marshal.loads(view[:length]), view[length:]))  # noqa: S302  our own
+            job: Job = marshal.loads(view[:length])  # noqa: S302  written by this very program
+            tell(DONE, *extractor.write(job, view[length:] if given else files.read(*job[1:4])))
             view.release()
     except Damaged as error:
         tell(DAMAGED, error.message, error.hint)
@@ -230,6 +232,21 @@ def _main() -> None:
         tell(REFUSED, error.errno, error.strerror, os.fsdecode(error.filename or ""))
     else:
         tell(WARNINGS, extractor.warnings)
+
+
+class _Files:
+    """Packs, of which the one that was read last stays open."""
+
+    def __init__(self) -> None:
+        self._path, self._fd = "", -1
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        if path != self._path:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._path = path
+        return os.pread(self._fd, length, offset)
 
 
 def _line(source: io.FileIO) -> bytes:

@@ -87,15 +87,16 @@ class FrameReader:
     def codec(self) -> Codec:
         return self._repository.codec
 
-    def stored(self, pack: str, first: int, end: int) -> tuple[Directory, memoryview]:
-        """Frames from `first` up to `end` as they are stored, in one request; and the pack's directory. Raises
-        Damaged."""
-        directory = self.directory(pack)
-        last = directory.frames[end - 1]
-        offset = directory.frames[first].offset
-        return directory, memoryview(
-            self._repository.read_pack(self._source, pack, offset, last.offset + last.length - offset)
-        )
+    def file(self, pack: str) -> str:
+        """Where a pack lies as a file, for another process; empty where the store keeps none."""
+        return self._repository.pack_file(self._source, pack)
+
+    def stored(self, pack: str, first: int, end: int) -> memoryview:
+        """Frames from `first` up to `end` as they are stored, in one request. Raises Damaged."""
+        frames = self.directory(pack).frames
+        offset, last = frames[first].offset, frames[end - 1]
+        length = last.offset + last.length - offset
+        return memoryview(self._repository.read_pack(self._source, pack, offset, length))
 
     def frame(self, pack: str, number: int) -> bytes:
         """A frame's bytes; its blobs are checked where they are taken. Raises Damaged."""
