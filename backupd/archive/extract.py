@@ -50,7 +50,7 @@ _FIRST = 1_000
 """Of the first batch: until it is planned, nothing can be written."""
 _FRAMES = 2_000
 """Frames of a batch: large files have many."""
-_SPAN = 2 << 20
+_SPAN = 1 << 20
 """Stored bytes of neighbouring frames that are read in one request."""
 _NEAR, _FAR = 1, 8
 """Requests under way at once; the second where each answer takes its time."""
@@ -191,7 +191,9 @@ class Extraction:
                 for page in pages:
                     self._plan(page)
                     most = _BATCH if self._writing else _FIRST
-                    if self._batch.members >= most or len(self._batch.wanted) >= (_FRAMES if self._writing else 64):
+                    if self._batch.members >= most or len(self._batch.wanted) >= (
+                        _FRAMES if self._writing else 64
+                    ):
                         self._next_batch(pool)
                 self._next_batch(pool)
                 self._end_batch()

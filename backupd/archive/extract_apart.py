@@ -58,6 +58,10 @@ class ExtractApart:
         with contextlib.suppress(OSError):
             self._in.write(json.dumps(request).encode() + b"\n")
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ready(self) -> bool:
         """Whether it runs; waits until that is known."""
         if self._ready is None:

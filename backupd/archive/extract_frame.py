@@ -224,7 +224,7 @@ def _main() -> None:
             if not _fill(source, view):
                 return
             job: Job = marshal.loads(view[:length])  # noqa: S302  written by this very program
-            tell(DONE, *extractor.write(job, view[length:] if given else files.read(*job[1:4])))
+            tell(DONE, *extractor.write(job, view[length:] if given else files.read(*job[:4])))
             view.release()
     except Damaged as error:
         tell(DAMAGED, error.message, error.hint)
@@ -240,13 +240,19 @@ class _Files:
     def __init__(self) -> None:
         self._path, self._fd = "", -1
 
-    def read(self, path: str, offset: int, length: int) -> bytes:
-        if path != self._path:
-            if self._fd >= 0:
-                os.close(self._fd)
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            self._path = path
-        return os.pread(self._fd, length, offset)
+    def read(self, pack: str, path: str, offset: int, length: int) -> bytes:
+        """Raises Damaged."""
+        try:
+            if path != self._path:
+                if self._fd >= 0:
+                    os.close(self._fd)
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                self._path = path
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            from backupd.errors import Damaged
+
+            raise Damaged(f"the pack {pack} cannot be read: {error.strerror}") from None
 
 
 def _line(source: io.FileIO) -> bytes:

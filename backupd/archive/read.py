@@ -28,7 +28,7 @@ from backupd.archive.page import (
     pieces_of,
     xattrs_of,
 )
-from backupd.archive.parallel import in_order
+from backupd.archive.parallel import WORKERS, in_order
 from backupd.archive.scan import sort_key
 from backupd.errors import NoRecoveryPoint
 from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
@@ -70,7 +70,8 @@ class PointArchive:
 
     def pages(self) -> Iterator[Page]:
         """Decoded index pages, in order. Raises Damaged."""
-        yield from in_order(self._manifest.pages, self._page)  # of a distant store one by one would take long
+        at_once = 8 if self._repository.distant else WORKERS  # each answer of a distant store takes its time
+        yield from in_order(self._manifest.pages, self._page, workers=at_once, ahead=at_once)
 
     def members(self) -> Iterator[Member]:
         for path, row, _ in self._rows():
