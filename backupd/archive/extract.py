@@ -54,6 +54,8 @@ _SPAN = 1 << 20
 """Stored bytes of neighbouring frames that are read in one request."""
 _NEAR, _FAR = 1, 8
 """Requests under way at once; the second where each answer takes its time."""
+_THREADS = 2
+"""Where no process is started: one waits for the kernel while the other computes."""
 _SENT = 2
 """Jobs that a process has before the first of them is asked about."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -181,7 +183,7 @@ class Extraction:
         self.warnings += self._here.warnings
 
     def _write(self, root: int, pages: Iterable[Page]) -> None:
-        with ThreadPoolExecutor(max(1, self._processes), thread_name_prefix="restore") as pool:
+        with ThreadPoolExecutor(self._processes or _THREADS, thread_name_prefix="restore") as pool:
             try:
                 with contextlib.suppress(OSError):  # no memory for a process: then without
                     for _ in range(self._processes):
@@ -275,7 +277,7 @@ class Extraction:
             finally:
                 os.close(fd)
         jobs = _Shared(self._given(batch), self._stop)
-        writing = [pool.submit(self._work, jobs) for _ in range(max(1, len(self._apart)))]
+        writing = [pool.submit(self._work, jobs) for _ in range(len(self._apart) or _THREADS)]
         self._end_batch()
         self._writing = (batch, writing)
 
