@@ -43,13 +43,12 @@ from backupd.archive.parallel import in_order
 from backupd.errors import Damaged, RestoreFailed
 from backupd.model import Progress
 
-_BATCH = 10_000
-"""Members whose places are held in memory at once, twice: one batch is planned while another is written. Larger ones
-would decode fewer frames twice where content lies scattered over the packs of many runs."""
-_FIRST = 1_000
-"""Of the first batch: until it is planned, nothing can be written."""
-_FRAMES = 2_000
-"""Frames of a batch: large files have many."""
+_BATCH = (10_000, 2_000)
+"""Members whose places are held in memory at once, and frames, of which large files have many; twice: one batch is
+planned while another is written. Larger ones would decode fewer frames twice where content lies scattered over the
+packs of many runs."""
+_FIRST = (1_000, 64)
+"""The same of the first batch: until it is planned, nothing can be written."""
 _SPAN = 1 << 20
 """Stored bytes of neighbouring frames that are read in one request."""
 _NEAR, _FAR = 1, 8
@@ -60,7 +59,6 @@ _SENT = 2
 """Jobs that a process has before the first of them is asked about."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _THERE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-
 
 _Given: TypeAlias = "tuple[Job, memoryview | None]"
 """A job, and its frame as stored, or None where a process reads it."""
@@ -192,10 +190,8 @@ class Extraction:
                     self._idle.put(apart)
                 for page in pages:
                     self._plan(page)
-                    most = _BATCH if self._writing else _FIRST
-                    if self._batch.members >= most or len(self._batch.wanted) >= (
-                        _FRAMES if self._writing else 64
-                    ):
+                    members, frames = _BATCH if self._writing else _FIRST
+                    if self._batch.members >= members or len(self._batch.wanted) >= frames:
                         self._next_batch(pool)
                 self._next_batch(pool)
                 self._end_batch()

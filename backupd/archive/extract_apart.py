@@ -1,4 +1,4 @@
-"""Processes that write what frames hold, one for each core: no interpreter's lock is shared, none is asked for.
+"""Processes that write what frames hold: no interpreter's lock is shared, none is asked for.
 
 A process runs `extract_frame` as a program. It is given frames as they are stored, and what is wanted of each; what
 it cannot do it tells, and ends.
@@ -23,17 +23,15 @@ from backupd.errors import Damaged, RestoreFailed
 
 LEAST_MEMBERS, LEAST_BYTES = 4_000, 64 << 20
 """A restore of less is done before two processes have started."""
-_MOST = 4
-"""Processes, of some 20 MB each."""
+_COUNT = 2
+"""Processes, of 18 to 20 MB each: with a third a restore would have more than 100 MB."""
 _PIPE = 1 << 20  # the most that the kernel gives without privilege: one or two frames wait in it
 
 
 def processes(members: int, size: int) -> int:
     """How many to restore this much; 0 where none is of use."""
-    cores = len(os.sched_getaffinity(0))
-    if cores < 2 or (members < LEAST_MEMBERS and size < LEAST_BYTES):
-        return 0
-    return min(cores, _MOST)
+    large = members >= LEAST_MEMBERS or size >= LEAST_BYTES
+    return _COUNT if large and len(os.sched_getaffinity(0)) > 1 else 0
 
 
 class ExtractApart:
