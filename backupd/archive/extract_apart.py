@@ -22,7 +22,7 @@ from backupd.archive.pack import BLOB
 from backupd.errors import Damaged, RestoreFailed
 
 LEAST_MEMBERS, LEAST_BYTES = 4_000, 64 << 20
-"""A restore of less is done before two processes have started."""
+"""Of less, two processes are hardly started when it is done; 5,000 files take four fifths of the time."""
 _COUNT = 2
 """Processes, of 18 to 20 MB each: with a third a restore would have more than 100 MB."""
 _PIPE = 1 << 20  # the most that the kernel gives without privilege: one or two frames wait in it
