@@ -283,6 +283,11 @@ class Repository:
             raise Damaged(f"the pack {key} is shorter than its manifest says")
         return data
 
+    def pack_file(self, source: str, name: str) -> str:
+        """Where a pack lies on a local store, for a process that reads it there; empty on any other."""
+        location = self.store.location
+        return f"{location}/{pack_key(source, name)}" if location.startswith("/") else ""
+
     def packs(self, source: str) -> Iterator[tuple[str, ObjectInfo]]:
         """Name and object of every pack of a source, whether a manifest names it or not."""
         for info in self.store.list(f"packs/{check_source(source)}/"):

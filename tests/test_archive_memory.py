@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from engine import Engine
+
+from backupd.model import Stream, Streams
+from backupd.stores import LocalStore
 
 PEAK = 200 << 20
 """Bytes; the goal, with the interpreter and all libraries."""
+RESTORE_PEAK = 100 << 20
+"""Of a restore, with the processes that write."""
 
 # Not ru_maxrss: the kernel lets a process inherit its parent's, and pytest may have had more than all this.
 PEAK_NOW = """
@@ -91,6 +100,28 @@ assert not verified.problems
 print(json.dumps([verified.bytes_read, pruned.bytes_rewritten, peak()]))
 """
 
+RESTORED = """
+import json, sys
+from pathlib import Path
+from backupd.archive import open_archive
+from backupd.archive.extract_apart import ExtractApart
+from backupd.repository import Repository
+from backupd.stores import LocalStore
+
+theirs, plain = dict(), ExtractApart.written
+
+def watched(self):
+    status = Path("/proc", str(self.pid), "status").read_text()
+    theirs[self.pid] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return plain(self)
+
+ExtractApart.written = watched
+repository = Repository.open(LocalStore(Path(sys.argv[1])))
+(point,) = repository.points()
+open_archive(repository, point).extract(Path(sys.argv[2]))
+print(json.dumps([len(theirs), max(theirs.values()), peak() + sum(theirs.values())]))
+"""
+
 
 def measure(script: str, *argv: object) -> tuple[int, int, int]:
     done = subprocess.run(
@@ -141,3 +172,22 @@ def test_repacking_and_verifying_take_no_more_memory_for_four_times_the_data(tmp
     small, large = peaks
     assert large < PEAK
     assert large < small + (40 << 20)
+
+
+def test_a_restore_and_its_processes_take_no_more_memory_for_four_times_the_data(tmp_path: Path) -> None:
+    peaks = []
+    for size in (96 << 20, 384 << 20):
+        engine = Engine(LocalStore(tmp_path / f"r-{size}", create=True))
+        engine.write(Streams([Stream(f"{number}", blocks(number, size // 3)) for number in range(3)]))
+        count, one, peak = measure(RESTORED, tmp_path / f"r-{size}", tmp_path / f"o-{size}")
+        assert count == 2
+        assert one < 32 << 20
+        peaks.append(peak)
+    small, large = peaks
+    assert large < small + (20 << 20)
+    assert large < RESTORE_PEAK
+
+
+def blocks(seed: int, size: int) -> Iterator[bytes]:
+    for number in range(size >> 20):
+        yield random.Random(seed * 1000 + number).randbytes(1 << 19) * 2

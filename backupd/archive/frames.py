@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 from backupd.archive.pack import BLOB, Directory, decode_directory
+from backupd.codec import Codec
 from backupd.errors import Damaged
 from backupd.repository import Manifest, Repository
 
@@ -81,6 +82,21 @@ class FrameReader:
             raise Damaged(f"the index names a blob that the pack {pack} does not have")
         number = bisect_right(starts, blob) - 1
         return number, starts[number], starts[number + 1]
+
+    @property
+    def codec(self) -> Codec:
+        return self._repository.codec
+
+    def file(self, pack: str) -> str:
+        """Where a pack lies as a file, for another process; empty where the store keeps none."""
+        return self._repository.pack_file(self._source, pack)
+
+    def stored(self, pack: str, first: int, end: int) -> memoryview:
+        """Frames from `first` up to `end` as they are stored, in one request. Raises Damaged."""
+        frames = self.directory(pack).frames
+        offset, last = frames[first].offset, frames[end - 1]
+        length = last.offset + last.length - offset
+        return memoryview(self._repository.read_pack(self._source, pack, offset, length))
 
     def frame(self, pack: str, number: int) -> bytes:
         """A frame's bytes; its blobs are checked where they are taken. Raises Damaged."""

@@ -30,7 +30,7 @@ wait for the store most of the time, whole packs of 16 MiB in every thread would
 
 def in_order(
     items: Iterable[T], work: Callable[[T], R], *, workers: int = WORKERS, ahead: int = WORKERS
-) -> Iterator[R]:
+) -> Generator[R]:
     """`work` done on every item, the results in the items' order.
 
     At most `ahead` items are under way or wait to be taken. The first error, of the work or of the items, ends it:

@@ -103,8 +103,11 @@ class PointArchive:
 
     def extract(self, into: Path) -> list[str]:
         from backupd.archive.extract import Extraction
+        from backupd.archive.extract_apart import processes
 
-        extraction = Extraction(into, self.frames, self._progress)
+        pages = self._manifest.pages
+        count = processes(sum(page.members for page in pages), sum(page.bytes for page in pages))
+        extraction = Extraction(into, self.frames, self._progress, processes=count)
         extraction.run(self.pages())
         return extraction.warnings
 
