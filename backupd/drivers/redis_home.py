@@ -40,9 +40,19 @@ class Home:
     gid: int = _REDIS_UID
 
 
-def layout(home: Home, size: int, dump: Iterable[bytes]) -> Iterator[bytes]:
-    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back. Pure."""
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Commands that are to be executed on top of a dump, as an append-only file holds them."""
+
+    size: int
+    chunks: Iterable[bytes]
+
+
+def layout(home: Home, size: int, dump: Iterable[bytes], replay: Replay | None = None) -> Iterator[bytes]:
+    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back, and what is to be replayed on
+    it, which needs an append-only file. Pure."""
     entry = partial(_tarstream.entry, uid=home.uid, gid=home.gid)
+    after = replay or Replay(0, ())
     first = home.dbfilename
     if home.appendonly and home.major >= 7:
         base = f"{home.appendfilename}.1.base.rdb"
@@ -50,16 +60,20 @@ def layout(home: Home, size: int, dump: Iterable[bytes]) -> Iterator[bytes]:
         manifest = f"file {base} seq 1 type b\nfile {increment} seq 1 type i\n".encode()
         folder = f"{home.appenddirname}/"
         yield entry(folder, mode=0o755)
-        yield entry(folder + increment)
+        yield entry(folder + increment, size=after.size)
+        yield from _measured(after.chunks, after.size)
+        yield _tarstream.padding(after.size)
+        after = Replay(0, ())
         yield entry(f"{folder}{home.appendfilename}.manifest", size=len(manifest))
         yield manifest + _tarstream.padding(len(manifest))
         first = folder + base
     elif home.appendonly:
         first = home.appendfilename  # appended to in place: never a second name of the dump
-    yield entry(first, size=size)
+    yield entry(first, size=size + after.size)
     yield from _measured(dump, size)
-    yield _tarstream.padding(size)
-    if first.startswith(home.appenddirname + "/"):
+    yield from _measured(after.chunks, after.size)
+    yield _tarstream.padding(size + after.size)
+    if replay is None and first.startswith(home.appenddirname + "/"):
         yield entry(home.dbfilename, link=first)
     yield _tarstream.END
 
@@ -190,11 +204,12 @@ def _owner(container: Container, directory: str) -> tuple[int, int]:
     return head.uid, head.gid
 
 
-def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
-    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+@contextlib.contextmanager
+def fresh_server(container: Container, address: RedisAddress) -> Iterator[tuple[Connection, Home]]:
+    """A container's server, running and empty, that will not save by itself when it is stopped. A container that was
+    not running is started for it: only the server itself knows for sure where it looks for its data.
 
-    A container that was not is started for a second, empty: only the server itself knows for sure where it
-    looks for its data. Raises RestoreFailed, with nothing changed, where it holds data already.
+    Raises RestoreFailed, with nothing changed, where it holds data already.
     """
     was_running = container.running
     if not was_running:
@@ -206,10 +221,21 @@ def bring_back(container: Container, address: RedisAddress, size: int, dump: Ite
             refuse_used(container, home.directory)
             with contextlib.suppress(RedisError):  # else it would write an empty dump when it is stopped
                 server.call("CONFIG", "SET", "save", "")
+            yield server, home
     except BaseException:
         if not was_running:
             container.stop()
         raise
+
+
+def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
+    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+
+    Raises RestoreFailed, with nothing changed, where it holds data already.
+    """
+    was_running = container.running
+    with fresh_server(container, address) as (_, home):
+        pass
     container.stop()
     container.write(home.directory, layout(home, size, dump))
     if was_running:
