@@ -149,7 +149,7 @@ class RedisDriver:
     def _dump(self, server: Connection, container: Container | None) -> tuple[datetime, Iterator[bytes]]:
         """An instant that the dump is not older than, and its bytes."""
         if self._over_wire(container):
-            return server.time(), server.dump()[1]
+            return server.time(), _wired(server)
         found = server.config("dir", "dbfilename")
         name = found.get("dbfilename", MEMBER)
         before = _save(server)
@@ -376,6 +376,11 @@ def reading_dump(chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
         raise CaptureFailed(f"the dump could not be read: {error}", hint="back up again") from error
     except RedisError as error:
         raise CaptureFailed(error.message, hint=error.hint) from error
+
+
+def _wired(server: Connection) -> Iterator[bytes]:
+    """Asked for with the first chunk: until then the connection takes other commands."""
+    yield from server.dump()[1]
 
 
 def _readable(path: Path) -> bool:
