@@ -213,6 +213,7 @@ class _Inflow:
             self._receive()
         except Exception as error:  # noqa: BLE001  raised again where it is stored
             self.failure = error
+        self._link.close()  # at once: the server would go on collecting for us
         self.ended = True
 
     def _receive(self) -> None:

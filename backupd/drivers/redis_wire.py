@@ -40,7 +40,7 @@ _HINTS = {
     "NOAUTH": "the server wants a password: give password_file (and username, for an ACL user)",
     "WRONGPASS": "the username or the password is wrong",
     "NOPERM": "the user needs +ping +time +info +config|get, and +psync +replconf (over the wire) or +bgsave "
-    "+lastsave (from a file)",
+    '+lastsave (from a file), and +multi +exec for mode = "pitr"',
     "LOADING": "the server is still loading its data; try again when it has",
     "MISCONF": "the server cannot save to its disk; look at its log",
     "NOMASTERLINK": "this replica has lost its master; back up the master, or mend the link",
@@ -214,7 +214,7 @@ class Connection:
         code = text.partition(" ")[0].lstrip("-")
         return RedisError(
             f"the Redis server at {self.address} refuses {command or 'a command'}: {text}",
-            hint=_HINTS.get(code, ""),
+            hint=_HINTS.get("NOPERM" if " NOPERM " in text else code, ""),
             code=code,
         )
 
