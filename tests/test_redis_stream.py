@@ -12,7 +12,7 @@ from backupd.drivers.redis_aof import Course, Landing, spool
 from backupd.drivers.redis_pitr import shortcomings
 from backupd.drivers.redis_stream import Answer, complete, select
 from backupd.errors import Damaged, RestoreFailed
-from backupd.model import Anchor, LogSpan, PointKind, RecoveryPoint
+from backupd.model import Anchor, Json, LogSpan, PointKind, RecoveryPoint
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -93,7 +93,7 @@ def test_a_restore_lands_at_the_last_anchor_before_it_and_nowhere_else(
 
 def point(end: int) -> RecoveryPoint:
     """A base that begins at 100."""
-    attributes = {"epoch": "e", "start": 100, "end": end}
+    attributes: dict[str, Json] = {"epoch": "e", "start": 100, "end": end}
     return RecoveryPoint("p", "s", "redis", PointKind.FULL, NOON, NOON, NOON, 1, 1, 1, attributes=attributes)
 
 

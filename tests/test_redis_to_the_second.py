@@ -4,6 +4,7 @@ back exactly as it was."""
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -76,6 +77,19 @@ def restored_to(home: Home, at: str) -> tuple[list[datetime], dict[str, Any]]:
         home.run("sandbox", "remove", name)
 
 
+def by_hand(services: bed.Services, home: Home, at: datetime, written: list[datetime]) -> None:
+    """The same without backupd, as RECOVER.md says: files that the server executes when it starts."""
+    point = home.ok("list", "cart", "--json").json[0]["id"]
+    out = home.path / "by-hand"
+    argv = ["python3", "-I", home.path / "repo" / "recover.py", "redis", point, out, "--at", at.isoformat()]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    landed = datetime.fromisoformat(done.stdout.split(" at ")[1].split(",")[0])
+    assert landed <= at
+    subprocess.run(["chmod", "-R", "a+rwX", out], check=True)
+    server = services.redis("--appendonly", "yes", volume=str(out))
+    assert stamps_of(server.host, server.port) == [stamp for stamp in written if stamp < landed] != []
+
+
 def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhile(
     services: bed.Services, tmp_path: Path
 ) -> None:
@@ -126,6 +140,7 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
         assert datetime.fromisoformat(said["more_by"]) > at
     back, _ = restored_to(home, "latest")
     assert back == written
+    by_hand(services, home, first, written)
     assert "in the future" in home.refused("restore", "--at", "2099-01-01T00:00:00Z", "cart", code=2).message
     assert home.refused("plan", "--at", "2001-01-01T00:00:00Z", "cart", code=21).hint
     home.ok("verify", "--data", "100%")
