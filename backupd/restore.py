@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,6 +48,7 @@ Watch = Callable[[Step], Progress]
 """Who is told of the work on one source."""
 
 _AT_ONCE = 4  # sources restored at the same time; each waits on its server most of the time
+_ROUNDED = timedelta(seconds=1)  # a landing so much earlier than planned is no news
 _MOMENT = 10.0  # seconds that an interrupted restore waits for its threads to let go
 
 
@@ -225,10 +226,25 @@ def _load(
     recovered: Facts = {}
     if isinstance(driver, RecordingDriver) and need_of(step.point) is not None and container.running:
         recovered = driver.recovered(container)
+        told.warnings += landed_early(step, recovered)
     return Restored(
         step, container.name, time.monotonic() - begun, compared, differences, address, container.image,
         tuple(told.warnings), recovered,
     )  # fmt: skip
+
+
+def landed_early(step: Step, recovered: Facts) -> list[str]:
+    """Told where a log could not be followed as far as was planned. Pure."""
+    as_of = recovered.get("as_of")
+    if not isinstance(as_of, str) or step.replay_to is None:
+        return []
+    early = step.replay_to - datetime.fromisoformat(as_of)
+    if early <= _ROUNDED:
+        return []
+    return [
+        f"it is as it was {early.total_seconds():.1f} s before {step.replay_to.isoformat()}: when was done what came "
+        "after is not known, as nobody recorded it then"
+    ]
 
 
 def _load_to(step: Step, driver: Driver, told: _Told, container: Container, work: Work) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import random
 import secrets
 import subprocess
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,10 +20,13 @@ import captured
 import pytest
 import redis as redis_py
 import services as bed
+from conftest import StartService
 
 from backupd.chain import chains, need_of
 from backupd.drivers import redis_pitr
 from backupd.drivers.redis import RedisDriver, RedisSettings
+from backupd.drivers.redis_aof import Replay
+from backupd.drivers.redis_home import Home, layout
 from backupd.drivers.redis_pitr import RedisPitr
 from backupd.drivers.redis_recorder import RedisRecorder, join
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
@@ -224,6 +229,38 @@ def test_a_restored_server_holds_exactly_what_its_source_held(services: bed.Serv
         copy = as_replica(services, home)
         assert str(client(copy).execute_command("DEBUG", "DIGEST")) == digest
         copy.container.remove(force=True)
+
+
+def test_valkey_goes_the_same_way(start_valkey: StartService, tmp_path: Path) -> None:
+    """Version 9, with types of its own: recorded, laid down by hand as a container would get it, loaded."""
+    source = start_valkey("source", "--enable-debug-command", "yes")
+    one = client(source)
+    one.hset("hash", mapping={"a": "1", "b": "2"})
+    kept = Kept(driver_of(source))
+    with kept.recording():
+        taken = captured.take(kept.driver)
+        one.execute_command("HEXPIRE", "hash", "10000", "FIELDS", "1", "a")
+        one.execute_command("HPEXPIRE", "hash", "5", "FIELDS", "1", "b")
+        client(source, 7).set("short", "v", px=5)
+        one.eval(
+            "redis.call('INCR', KEYS[1]); redis.call('LPUSH', KEYS[2], redis.call('TIME')[2])", 2, "n", "l"
+        )
+        _, digest, position = now_of(source)
+        kept.wait_for(position)
+    assert str(taken.point.attributes["version"]).startswith("9.")
+    replay = Replay(taken.point, None)
+    log = b"".join(replay.chunks(cut(kept, position)))[: replay.landing().position - replay.start]
+    assert replay.landing().position == position
+    base = len(taken.files["dump.rdb"]), taken.read("dump.rdb")
+    with tarfile.open(
+        fileobj=io.BytesIO(b"".join(layout(Home(appendonly=True), *base, alone=False)))
+    ) as found:
+        found.extractall(tmp_path / "fresh", filter="data")
+    (tmp_path / "fresh" / "appendonlydir" / "appendonly.aof.1.incr.aof").write_bytes(replay.first + log)
+    master = ["--appendonly", "yes", "--replicaof", "127.0.0.1", "1", "--enable-debug-command", "yes"]
+    fresh = start_valkey("fresh", *master)
+    bed.wait_until(lambda: not client(fresh).info("persistence")["loading"], timeout=20, what="Valkey's data")
+    assert str(client(fresh).execute_command("DEBUG", "DIGEST")) == digest
 
 
 def cut(kept: Kept, position: int) -> Iterator[tuple[LogSpan, bytes]]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupd.drivers.redis_aof import Course, Landing, spool
+from backupd.drivers.redis_aof import Course, Landing, Replay
 from backupd.drivers.redis_pitr import shortcomings
 from backupd.drivers.redis_stream import Answer, complete, select
 from backupd.errors import Damaged, RestoreFailed
@@ -105,9 +105,10 @@ def pieces(*parts: tuple[int, bytes, tuple[Anchor, ...]]) -> list[tuple[LogSpan,
 
 
 def replayed(found: list[tuple[LogSpan, bytes]], end: int, at: datetime | None) -> tuple[bytes, Landing]:
-    held = spool(found, point(end), at)
-    with held.file:
-        return b"".join(held.replay(0).chunks).removeprefix(select(0)), held.landing
+    replay = Replay(point(end), at)
+    log = b"".join(replay.chunks(found))
+    landing = replay.landing()
+    return log[: landing.position - replay.start], landing
 
 
 def test_the_log_is_replayed_from_the_base_to_the_landing_and_not_a_byte_more() -> None:
@@ -129,6 +130,32 @@ def test_the_log_is_replayed_from_the_base_to_the_landing_and_not_a_byte_more() 
     assert replayed(log + later, end, None) == (a + b + c + early, unknown)
 
 
+@given(units=st.lists(singles | transactions, min_size=1, max_size=8), data=st.data())
+def test_however_the_log_was_cut_into_pieces_the_same_comes_back(
+    units: list[bytes], data: st.DataObject
+) -> None:
+    """Anchors lie where they lay, with the piece that reached them or the next; half a command may end the log."""
+    ends = [100]
+    for unit in units:
+        ends.append(ends[-1] + len(unit))
+    stream = b"".join(units) + data.draw(st.sampled_from([b"", b"*1\r\n$4"]))
+    marks = data.draw(st.lists(st.sampled_from(ends[1:]), unique=True, max_size=4).map(sorted))
+    anchors = [Anchor(NOON + n * SECOND, position) for n, position in enumerate(marks, 1)]
+    cuts = data.draw(st.lists(st.integers(1, len(stream)), max_size=6, unique=True).map(sorted))
+    log, left, before = [], list(anchors), 0
+    for cut in [*cuts, len(stream)]:
+        if cut > before:
+            late = data.draw(st.booleans())
+            known = tuple(a for a in left if a.position < 100 + cut + (not late) or cut == len(stream))
+            left = left[len(known) :]
+            log += pieces((100 + before, stream[before:cut], known))
+            before = cut
+    assert replayed(log, 100, None)[0] == b"".join(units)
+    for n in range(len(anchors) + 1):
+        end = [100, *marks][n]
+        assert replayed(log, 100, NOON + n * SECOND + SECOND / 2)[0] == stream[: end - 100]
+
+
 def test_a_log_that_does_not_reach_is_refused() -> None:
     """Too short, begun too late, with a hole, or of something else."""
     a = command(b"SET", b"a", b"1")
@@ -139,9 +166,11 @@ def test_a_log_that_does_not_reach_is_refused() -> None:
         pieces((100, a[:9], ()), (110, a[10:], ())),
     ):
         with pytest.raises(RestoreFailed, match="this restore needs it from 100"):
-            spool(log, point(100 + len(a)), NOON)
-    with pytest.raises(Damaged, match="no row of whole commands"):
-        spool(pieces((100, b"x" * 50, ())), point(120), NOON)
+            replayed(log, 100 + len(a), NOON)
+    with pytest.raises(Damaged, match="no command begins at 100"):
+        replayed(pieces((100, b"x" * 50, ())), 120, NOON)
+    with pytest.raises(Damaged, match="no command begins at 120"):
+        replayed(pieces((100, b"*" * 50, ())), 120, NOON)
 
 
 # --- what check says -------------------------------------------------------------------------------------------

@@ -10,24 +10,22 @@ nobody, loads it and saves a dump, which the first finds when it starts.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import BinaryIO, cast
+from itertools import chain
+from typing import cast
 
 from backupd.drivers import _tarstream
-from backupd.drivers.redis_home import Home, Replay, fresh_server, layout
+from backupd.drivers.redis_home import Home, fresh_server, layout
 from backupd.drivers.redis_stream import complete, select
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
-from backupd.errors import CommandFailed, ContainerError, Damaged, RestoreFailed
+from backupd.errors import CommandFailed, Damaged, RestoreFailed
 from backupd.model import Anchor, Container, LogSpan, RecoveryPoint
 
 ASIDE = "backupd-restore"
 """Directory in the server's own where the second server works."""
 REPORT = "backupd_recovery.json"
-_CHUNK = 1 << 20
 
 LOAD_AND_SAVE = """
 cd "$1" || exit
@@ -45,6 +43,10 @@ wait $server
 mv dump.rdb "../$4" && cd .. && rm -r "$1"
 """
 """The directory, `redis` or `valkey`, the number of databases, the dump's name."""
+PUT_IN_PLACE = """
+cd "$1/.." && rm -rf "$2" && mv "$1/$2" "$2" && rmdir "$1"
+"""
+"""The directory, and what of it takes the place of the running, empty server's own, which is written no more."""
 
 
 # --- how far the log is replayed ---------------------------------------------------------------------------
@@ -90,88 +92,67 @@ class Course:
         return Landing(self.last.position, self.last.at, self.over.at if self.over else None)
 
 
-@dataclass(slots=True)
-class Spool:
-    """The log of a restore on this machine's disk: how much of it is replayed is known only when it was read."""
+class Replay:
+    """The log of a restore on its way: from the base's start on, with where it is to be cut known at its end."""
 
-    file: BinaryIO
-    start: int
-    end: int
-    landing: Landing = field(default_factory=lambda: Landing(0, None))
+    def __init__(self, point: RecoveryPoint, at: datetime | None) -> None:
+        of = point.attributes
+        self.start, end = (cast("int", of[name]) for name in ("start", "end"))
+        database = of.get("stream_database")
+        self.first = select(database if isinstance(database, int) else 0)
+        """A server that loads a file begins in database 0."""
+        self._at = at
+        self._course = Course(at, Anchor(point.instant, end))
+        self._reached = self.start
+        self._before = b""  # the last two bytes
+        self._seam = b""  # what lies around the last anchor
+        self._tail = bytearray()  # what came behind it, where the restore is to the end
 
-    def replay(self, database: int) -> Replay:
-        """From its start to the landing, by a server that begins in database 0."""
-        first = select(database)
-        return Replay(len(first) + self.landing.position - self.start, self._chunks(first))
+    def chunks(self, logs: Iterable[tuple[LogSpan, bytes]]) -> Iterator[bytes]:
+        """As much of the log as is needed, and a little more.
 
-    def _chunks(self, first: bytes) -> Iterator[bytes]:
-        yield first
-        self.file.seek(0)
-        left = self.landing.position - self.start
-        while left and (chunk := self.file.read(min(left, _CHUNK))):
-            left -= len(chunk)
-            yield chunk
-
-
-def spool(logs: Iterable[tuple[LogSpan, bytes]], point: RecoveryPoint, at: datetime | None) -> Spool:
-    """Read the log as far as it is needed. The spool's file is gone when it is closed.
-
-    Raises RestoreFailed where the log does not reach from the base's start to its end, Damaged where it is no stream of
-    commands.
-    """
-    start, end = (cast("int", point.attributes[name]) for name in ("start", "end"))
-    course = Course(at, Anchor(point.instant, end))
-    file = cast("BinaryIO", tempfile.TemporaryFile(prefix="backupd-log-"))  # noqa: SIM115  handed out
-    try:
-        reached = start
+        Raises RestoreFailed where it does not reach from the base's start to its end.
+        """
+        course = self._course
         for span, data in logs:
-            if span.start > reached:
+            if span.start > self._reached:
                 break
-            file.write(data[reached - span.start :])
-            reached = max(reached, span.end)
+            if self._reached == self.start and data[self.start - span.start :][:1] not in (b"", b"*"):
+                raise self._torn(self.start)
+            yield data[self._reached - span.start :]
+            self._reached = max(self._reached, span.end)
             course.note(span.anchors)
-            if course.over is not None and reached >= course.last.position:
+            self._look(span, data)
+            if course.over is not None and self._reached >= course.last.position:
                 break
-        if reached < course.last.position:
+        if self._reached < course.last.position:
             raise RestoreFailed(
-                f"the log ends at {reached}; this restore needs it from {start} to {course.last.position}",
+                f"the log ends at {self._reached}; this restore needs it from {self.start} to {course.last.position}",
                 hint="choose another point: backupd list",
             )
-        found = Spool(file, start, reached, course.landing())
-        if at is None:
-            found.landing = _to_the_end(found)
-        _refuse_torn(found)
-    except BaseException:
-        file.close()
-        raise
-    return found
 
+    def _look(self, span: LogSpan, data: bytes) -> None:
+        at = self._course.last.position - span.start
+        if 0 <= at <= len(data):
+            self._seam = (self._before + data[max(0, at - 2) : at])[-2:] + data[at : at + 1]
+            self._tail.clear()
+        if self._at is None:
+            self._tail += data[max(0, at) :]
+        self._before = (self._before + data[-2:])[-2:]
 
-def _to_the_end(found: Spool) -> Landing:
-    """The last whole command of all; what is behind the last anchor is searched for it."""
-    import mmap
+    def landing(self) -> Landing:
+        """Once all was passed on. Raises Damaged where it lies within a command."""
+        known = self._course.landing()
+        if known.position > self.start and self._seam not in (b"\r\n", b"\r\n*"):
+            raise self._torn(known.position)
+        if self._at is not None:
+            return known
+        more = complete(self._tail)
+        return Landing(known.position + more, None, until=known.at) if more else known
 
-    known = found.landing
-    found.file.flush()
-    if found.end == known.position:
-        return known
-    with closing(mmap.mmap(found.file.fileno(), 0, access=mmap.ACCESS_READ)) as log:
-        position = found.start + complete(log, known.position - found.start)
-    return known if position == known.position else Landing(position, None, until=known.at)
-
-
-def _refuse_torn(found: Spool) -> None:
-    """Both ends of what is replayed lie between two commands."""
-    size = found.landing.position - found.start
-    if not size:
-        return
-    found.file.seek(0)
-    first = found.file.read(1)
-    found.file.seek(size - 2)
-    around = found.file.read(3)
-    if first != b"*" or around[:2] != b"\r\n" or around[2:] not in (b"", b"*"):
-        raise Damaged(
-            f"the log from {found.start} to {found.landing.position} is no row of whole commands",
+    def _torn(self, position: int) -> Damaged:
+        return Damaged(
+            f"no command begins at {position} of the log",
             hint="a fault of the recorder: report it, and restore to another instant",
         )
 
@@ -182,63 +163,78 @@ def _refuse_torn(found: Spool) -> None:
 def bring_back_log(
     container: Container,
     address: RedisAddress,
-    size: int,
-    dump: Iterable[bytes],
+    base: tuple[int, Iterable[bytes]],
     replay: Replay,
-    report: bytes,
-) -> None:
-    """Lay a dump, and what is replayed on it, into a container that holds nothing. It is stopped then.
+    logs: Iterable[tuple[LogSpan, bytes]],
+) -> tuple[str, Landing]:
+    """Lay a dump, of known size, and the log that is replayed on it into a container that holds nothing. It is stopped
+    then. Returns the server's directory, and where it will land.
 
     Raises RestoreFailed, with nothing changed, where it holds data already.
     """
     with fresh_server(container, address) as (server, home):
         if not home.appendonly:
-            try:
-                server.call(
-                    "CONFIG", "SET", "save", ""
-                )  # for certain: else it overwrites the dump when it is stopped
-            except RedisError as error:
-                raise RestoreFailed(
-                    f"{container.name} cannot be told not to save: {error.message}",
-                    hint="make the container with `--appendonly yes`",
-                ) from error
-            _load_aside(container, home, server.info("server"), size, dump, replay, _databases(server))
+            _refuse_saving(server, container)
+        folder = f"{home.directory.rstrip('/')}/{ASIDE}"
+        names = Home() if not home.appendonly else home
+        aside = replace(names, directory=folder, dbfilename="dump.rdb", appendonly=True, major=home.major,
+                        uid=home.uid, gid=home.gid)  # fmt: skip
+        entry = _tarstream.entry(f"{ASIDE}/", mode=0o755, uid=home.uid, gid=home.gid)
+        container.write(home.directory, [entry, _tarstream.END])
+        container.write(folder, layout(aside, *base, alone=False))
+        landing = _append(container, aside, base[0], replay, logs)
+        if home.appendonly:
+            last = home.appenddirname if home.major >= 7 else home.appendfilename
+            _run(container, home, PUT_IN_PLACE, folder, last)
+        else:
+            program = server.info("server").get("server_name", "redis")
+            databases = server.config("databases").get("databases", "16")
+            _run(container, home, LOAD_AND_SAVE, folder, program, databases, home.dbfilename)
     container.stop()
-    if home.appendonly:
-        container.write(home.directory, layout(home, size, dump, replay))
-    entry = _tarstream.entry(REPORT, size=len(report), uid=home.uid, gid=home.gid)
-    container.write(home.directory, [entry, report, _tarstream.padding(len(report)), _tarstream.END])
+    return home.directory, landing
 
 
-def _databases(server: Connection) -> int:
-    found = server.config("databases").get("databases", "")
-    return int(found) if found.isdigit() else 16
-
-
-def _load_aside(
-    container: Container,
-    home: Home,
-    about: dict[str, str],
-    size: int,
-    dump: Iterable[bytes],
-    replay: Replay,
-    databases: int,
-) -> None:
-    directory = f"{home.directory.rstrip('/')}/{ASIDE}"
-    aside = replace(home, directory=directory, dbfilename="dump.rdb", appendonly=True,
-                    appenddirname=Home.appenddirname, appendfilename=Home.appendfilename)  # fmt: skip
-    folder = _tarstream.entry(f"{ASIDE}/", mode=0o755, uid=home.uid, gid=home.gid)
-    container.write(home.directory, [folder, _tarstream.END])
-    container.write(directory, layout(aside, size, dump, replay))
-    program = about.get("server_name", "redis")
-    argv = ("sh", "-c", LOAD_AND_SAVE, "sh", directory, program, str(databases), home.dbfilename)
+def _refuse_saving(server: Connection, container: Container) -> None:
+    """It would overwrite the dump when it is stopped."""
     try:
-        for _ in container.exec(argv, user=f"{home.uid}:{home.gid}"):
-            pass
-    except (CommandFailed, ContainerError) as error:
-        said = getattr(error, "stderr", "").strip()[-500:]
+        server.call("CONFIG", "SET", "save", "")
+    except RedisError as error:
         raise RestoreFailed(
-            f"a server in {container.name} could not load the log: {said or error.message}",
-            hint=error.hint
-            or "is the container's version the source's own, its disk and memory large enough?",
+            f"{container.name} cannot be told not to save: {error.message}",
+            hint="make the container with `--appendonly yes`",
         ) from error
+
+
+def _append(
+    container: Container, home: Home, size: int, replay: Replay, logs: Iterable[tuple[LogSpan, bytes]]
+) -> Landing:
+    """How much of the log is wanted is known when it was read: it is cut there then."""
+    name, before = f"{home.directory}/{home.appendfilename}", size
+    if home.major >= 7:
+        name, before = f"{home.directory}/{home.appenddirname}/{home.appendfilename}.1.incr.aof", 0
+    _run(container, home, 'exec cat >>"$1"', name, stdin=chain([replay.first], replay.chunks(logs)))
+    landing = replay.landing()
+    whole = before + len(replay.first) + landing.position - replay.start
+    _run(container, home, 'exec truncate -s "$2" "$1"', name, str(whole))
+    return landing
+
+
+def _run(
+    container: Container, home: Home, script: str, *words: str, stdin: Iterable[bytes] | None = None
+) -> None:
+    try:
+        for _ in container.exec(
+            ("sh", "-c", script, "sh", *words), stdin=stdin, user=f"{home.uid}:{home.gid}"
+        ):
+            pass
+    except CommandFailed as error:
+        raise RestoreFailed(
+            f"the log could not be loaded in {container.name}: {error.stderr.strip()[-500:] or error.message}",
+            hint="is the container's version the source's own, its disk and memory large enough?",
+        ) from error
+
+
+def report(container: Container, directory: str, said: bytes) -> None:
+    """Leave word of a restore beside the data."""
+    head = _tarstream.entry(REPORT, size=len(said))
+    container.write(directory, [head, said, _tarstream.padding(len(said)), _tarstream.END])

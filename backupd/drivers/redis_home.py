@@ -40,19 +40,10 @@ class Home:
     gid: int = _REDIS_UID
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Commands that are to be executed on top of a dump, as an append-only file holds them."""
-
-    size: int
-    chunks: Iterable[bytes]
-
-
-def layout(home: Home, size: int, dump: Iterable[bytes], replay: Replay | None = None) -> Iterator[bytes]:
-    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back, and what is to be replayed on
-    it, which needs an append-only file. Pure."""
+def layout(home: Home, size: int, dump: Iterable[bytes], *, alone: bool = True) -> Iterator[bytes]:
+    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back. `alone`: nothing is appended
+    to it before the server starts, so it can be the dump too. Pure."""
     entry = partial(_tarstream.entry, uid=home.uid, gid=home.gid)
-    after = replay or Replay(0, ())
     first = home.dbfilename
     if home.appendonly and home.major >= 7:
         base = f"{home.appendfilename}.1.base.rdb"
@@ -60,20 +51,16 @@ def layout(home: Home, size: int, dump: Iterable[bytes], replay: Replay | None =
         manifest = f"file {base} seq 1 type b\nfile {increment} seq 1 type i\n".encode()
         folder = f"{home.appenddirname}/"
         yield entry(folder, mode=0o755)
-        yield entry(folder + increment, size=after.size)
-        yield from _measured(after.chunks, after.size)
-        yield _tarstream.padding(after.size)
-        after = Replay(0, ())
+        yield entry(folder + increment)
         yield entry(f"{folder}{home.appendfilename}.manifest", size=len(manifest))
         yield manifest + _tarstream.padding(len(manifest))
         first = folder + base
     elif home.appendonly:
         first = home.appendfilename  # appended to in place: never a second name of the dump
-    yield entry(first, size=size + after.size)
+    yield entry(first, size=size)
     yield from _measured(dump, size)
-    yield from _measured(after.chunks, after.size)
-    yield _tarstream.padding(size + after.size)
-    if replay is None and first.startswith(home.appenddirname + "/"):
+    yield _tarstream.padding(size)
+    if alone and first.startswith(home.appenddirname + "/"):
         yield entry(home.dbfilename, link=first)
     yield _tarstream.END
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis import MEMBER, RedisDriver, describe, failing_as, reading_dump
-from backupd.drivers.redis_aof import REPORT, Landing, bring_back_log, spool
+from backupd.drivers.redis_aof import REPORT, Landing, Replay, bring_back_log, report
 from backupd.drivers.redis_home import DATA, reach
 from backupd.drivers.redis_recorder import RedisRecorder
 from backupd.drivers.redis_stream import Answer
@@ -108,8 +108,8 @@ class RedisPitr:
     ) -> None:
         """Lay the dump and its log into a container that was not started yet; it loads both when it starts.
 
-        The log is held on this machine's disk meanwhile, in its directory for temporary files. Raises RestoreFailed
-        where the container holds data, the log does not reach, or the target lies before the base; Damaged.
+        Raises RestoreFailed where the container holds data, the log does not reach, or the target lies before the
+        base; Damaged.
         """
         point = archive.point
         if target:
@@ -125,13 +125,10 @@ class RedisPitr:
         size = next((m.size for m in archive.members() if m.name == MEMBER), None)
         if size is None:
             raise RestoreFailed("this recovery point holds no dump.rdb", hint="run backupd verify")
-        database = point.attributes.get("stream_database")
-        held = spool(logs, point, at)
-        with closing(held.file), failing_as(RestoreFailed):
-            bring_back_log(
-                container, self._dumps.credentials(), size, archive.read(MEMBER),
-                held.replay(database if isinstance(database, int) else 0), _report(point, at, held.landing),
-            )  # fmt: skip
+        with failing_as(RestoreFailed):
+            base, replay = (size, archive.read(MEMBER)), Replay(point, at)
+            directory, landing = bring_back_log(container, self._dumps.credentials(), base, replay, logs)
+            report(container, directory, _said(point, at, landing))
 
     def recovered(self, container: Container) -> Mapping[str, Json]:
         """Where a restored, running server landed. Raises RestoreFailed where it has not loaded."""
@@ -244,7 +241,7 @@ def _note(capture: Capture, summary: RdbSummary, answer: Answer) -> None:
     capture.attributes["rdb_version"] = summary.version
 
 
-def _report(point: RecoveryPoint, at: datetime | None, landing: Landing) -> bytes:
+def _said(point: RecoveryPoint, at: datetime | None, landing: Landing) -> bytes:
     known = {"as_of": landing.at, "more_by": landing.after, "holds_until": landing.until}
     said: dict[str, Json] = {
         "point": point.id,

@@ -7,15 +7,11 @@ no state of the server before its EXEC.
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeAlias
 
 from backupd.errors import Damaged
-
-Buffer: TypeAlias = "bytes | bytearray | mmap.mmap"
 
 _ANSWER = re.compile(r"\+(FULLRESYNC|CONTINUE)(?: ([0-9a-f]{40}))?(?: (\d+))?")
 
@@ -53,7 +49,7 @@ class Answer:
         return cls(found[1] == "CONTINUE", found[2] or "", int(found[3] or 0))
 
 
-def complete(log: Buffer, start: int = 0) -> int:
+def complete(log: bytes | bytearray, start: int = 0) -> int:
     """The end of the last whole command outside a transaction, reading from `start`, where a command begins.
 
     Raises Damaged where there is none.
