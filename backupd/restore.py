@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ from backupd.model import (
     Sandbox,
     Silence,
 )
-from backupd.plan import RestorePlan, Step
+from backupd.plan import RestorePlan, Step, landed_early
 from backupd.repository import Repository
 
 T = TypeVar("T")
@@ -48,7 +48,6 @@ Watch = Callable[[Step], Progress]
 """Who is told of the work on one source."""
 
 _AT_ONCE = 4  # sources restored at the same time; each waits on its server most of the time
-_ROUNDED = timedelta(seconds=1)  # a landing so much earlier than planned is no news
 _MOMENT = 10.0  # seconds that an interrupted restore waits for its threads to let go
 
 
@@ -218,33 +217,18 @@ def _load(
     work.check()
     if spec.load_while == "stopped" and spec.service:
         _start(container, spec, ready, progress)
-    progress.stage("comparing")
-    # What was measured at capture holds for that instant alone.
+    progress.stage("comparing")  # what was measured at capture holds for that instant alone
     as_captured = step.lands_at == step.point.instant and not step.whole and not work.target
     compared, differences = _compare_with_capture(step.point, driver, container) if as_captured else (0, ())
     address = container.address(spec.port) if spec.port and container.running else None
     recovered: Facts = {}
     if isinstance(driver, RecordingDriver) and need_of(step.point) is not None and container.running:
         recovered = driver.recovered(container)
-        told.warnings += landed_early(step, recovered)
+        told.warnings += landed_early(step, recovered.get("as_of"))
     return Restored(
         step, container.name, time.monotonic() - begun, compared, differences, address, container.image,
         tuple(told.warnings), recovered,
     )  # fmt: skip
-
-
-def landed_early(step: Step, recovered: Facts) -> list[str]:
-    """Told where a log could not be followed as far as was planned. Pure."""
-    as_of = recovered.get("as_of")
-    if not isinstance(as_of, str) or step.replay_to is None:
-        return []
-    early = step.replay_to - datetime.fromisoformat(as_of)
-    if early <= _ROUNDED:
-        return []
-    return [
-        f"it is as it was {early.total_seconds():.1f} s before {step.replay_to.isoformat()}: when was done what came "
-        "after is not known, as nobody recorded it then"
-    ]
 
 
 def _load_to(step: Step, driver: Driver, told: _Told, container: Container, work: Work) -> None:

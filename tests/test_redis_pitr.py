@@ -245,6 +245,8 @@ def test_valkey_goes_the_same_way(start_valkey: StartService, tmp_path: Path) ->
         one.eval(
             "redis.call('INCR', KEYS[1]); redis.call('LPUSH', KEYS[2], redis.call('TIME')[2])", 2, "n", "l"
         )
+        # Its digest leaves out a field whose time has passed and that is not removed yet.
+        bed.wait_until(lambda: one.hlen("hash") == 1, timeout=20, what="the field's end")
         _, digest, position = now_of(source)
         kept.wait_for(position)
     assert str(taken.point.attributes["version"]).startswith("9.")
@@ -382,6 +384,8 @@ def test_a_promoted_replica_goes_on_with_the_same_log(services: bed.Services) ->
     with kept.recording():
         client(old).set("of the old", "1")
         kept.wait_for(int(client(old).info("replication")["master_repl_offset"]))
+        # What a replica had not received when it was promoted is lost to all, and rightly a gap.
+        bed.wait_until(lambda: client(new).get("of the old") == b"1", timeout=30, what="the replica")
     client(new).replicaof("NO", "ONE")
     kept.driver = driver_of(new)
     client(new).set("of the new", "2")
