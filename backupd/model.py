@@ -154,7 +154,7 @@ class LogSpan:
     size: int
     """Bytes as stored."""
     anchors: tuple[Anchor, ...] = ()
-    """All that are stored at or before its end, oldest first, exact. Only of a piece that was read."""
+    """Exact, oldest first: those at or before its end that no earlier piece had. Only of a piece that was read."""
 
 
 @dataclass(frozen=True, slots=True)

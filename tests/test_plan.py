@@ -247,6 +247,15 @@ def test_a_log_brings_its_base_to_the_very_instant() -> None:
     assert (b.lands_at, b.logs, plan.spread) == (at(2), (), timedelta(0))
 
 
+def test_an_anchor_alone_at_the_end_of_a_log_goes_along() -> None:
+    """The newest: it says that nothing more was done until then."""
+    spans = [span(0, 100, at(2)), span(100, 100, at(3)), span(100, 100, at(5))]
+    (step,) = plan_restore([based("a", at(1), 10, 20)], at(4), ["a"], logs=chains(spans)).steps
+    assert step.logs == (spans[0], spans[2])
+    (early,) = plan_restore([based("a", at(1), 10, 20)], at(1), ["a"], logs=chains(spans)).steps
+    assert early.logs == (spans[0],)
+
+
 def test_a_landing_earlier_than_planned_is_told() -> None:
     """Where the restored server says so itself, and by more than is rounded away."""
     found = chains([span(0, 100, at(2)), span(100, 200, at(4))])

@@ -125,6 +125,11 @@ def test_the_log_is_replayed_from_the_base_to_the_landing_and_not_a_byte_more() 
     assert replayed(log, end, NOON + SECOND)[0] == a + b
     assert replayed(log, end, NOON + 9 * SECOND)[0] == a + b + c
     assert replayed(log, end, None) == (a + b + c, Landing(100 + len(a + b + c), NOON + 2 * SECOND))
+    last = 100 + len(a + b + c)
+    idle = pieces(
+        (last - len(c) + 5, c[5:], log[2][0].anchors), (last, b"", (Anchor(NOON + 20 * SECOND, last),))
+    )
+    assert replayed(log[:2] + idle, end, NOON + 9 * SECOND)[1] == Landing(last, NOON + 9 * SECOND)
     later = pieces((log[-1][0].end, b"$4\r\nPING\r\n*1\r\n$4\r\nPI", ()))
     unknown = Landing(100 + len(a + b + c + early), None, until=NOON + 2 * SECOND)
     assert replayed(log + later, end, None) == (a + b + c + early, unknown)

@@ -25,7 +25,8 @@ _NAP = 0.5
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
-    """The log of these spans, some MiB at a time, each piece beginning where the one before ended.
+    """The log of these spans, some MiB at a time, each piece beginning where the one before ended; the last may be
+    empty, with what is known of how long it was the last.
 
     Where compaction has put another object in the place of one, that is read. Raises Damaged for a hole.
     """
@@ -41,13 +42,18 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
                     yield piece, data
                     position = piece.end
                 if position >= end:
-                    return
+                    break
+            if position >= end:
+                break
         except ObjectMissing:
             left = list(still_there(spans, chains(*repository.logs(first.source))))
             tries = tries + 1 if position == before else 1
             if tries <= _AGAIN:
                 continue
         raise _hole(first, position)
+    for span in spans:  # an anchor alone, at the end of all
+        if span.start == span.end == end and span.anchor is not None:
+            yield replace(span, anchors=(span.anchor,)), b""
 
 
 def read_span(
