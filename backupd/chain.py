@@ -199,6 +199,9 @@ def logs_for(chain: Chain, need: Need, at: datetime) -> tuple[LogSpan, ...]:
         chosen.append(span)
         if span.end >= need.end and span.anchor and span.anchor.at - SLACK >= at:
             break
+    else:  # an anchor alone at the end says that nothing more was done until then
+        alone = [s for s in chain.spans if s.anchor and s.start == s.end == chain.end]
+        chosen += sorted(alone, key=lambda s: s.anchor.at if s.anchor else at)[-1:]
     return tuple(chosen)
 
 

@@ -118,12 +118,21 @@ def _scheme(url: str | None, *schemes: str) -> None:
 
 
 _PITR = {
-    "log_interval": "a dump has no log",
     "max_rate": "pg_dump takes no limit",
     "verify": "a dump reads through the server, which checks by itself",
 }
 """Keys that only pitr has."""
 _LEAST_RATE = 100_000
+_LOG_INTERVAL = "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
+
+
+def _check_log_interval(mode: str, interval: timedelta | None) -> None:
+    if interval is None:
+        return
+    if mode != "pitr":
+        raise Mistaken('log_interval needs mode = "pitr"', "a dump has no log")
+    if interval < timedelta(milliseconds=100):
+        raise Mistaken("log_interval is too short", "100ms at least")
 
 
 class PostgresSource(SourceConfig):
@@ -139,9 +148,7 @@ class PostgresSource(SourceConfig):
         "dump",
         "dump: pg_dump of each database, and the globals; pitr: base backups and every change between them.",
     )
-    log_interval: timedelta | None = key(
-        None, "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
-    )
+    log_interval: timedelta | None = key(None, _LOG_INTERVAL)
 
     max_rate: Rate | None = key(
         None,
@@ -170,8 +177,7 @@ class PostgresSource(SourceConfig):
         for name, why in _PITR.items():
             if getattr(self, name) is not None and self.mode != "pitr":
                 raise Mistaken(f'{name} needs mode = "pitr"', why)
-        if self.log_interval is not None and self.log_interval < timedelta(milliseconds=100):
-            raise Mistaken("log_interval is too short", "100ms at least")
+        _check_log_interval(self.mode, self.log_interval)
         if self.max_rate is not None and 0 < self.max_rate < _LEAST_RATE:
             raise Mistaken("max_rate is too low", "100kB/s at least: a base backup has to end some day")
 
@@ -188,6 +194,14 @@ class RedisSource(SourceConfig):
     source_of_rdb: Literal["auto", "file", "container", "wire"] = key(
         "auto", "Where the RDB is read from after BGSAVE; wire: as a replica does."
     )
+    mode: Literal["dump", "pitr"] = key(
+        "dump", "dump: the RDB that the server makes; pitr: an RDB over the wire, and every write between."
+    )
+    log_interval: timedelta | None = key(None, _LOG_INTERVAL)
+
+    @property
+    def recorded_every(self) -> timedelta | None:
+        return self.log_interval or timedelta(seconds=1) if self.mode == "pitr" else None
 
     @classmethod
     def prepare(cls, table: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +214,12 @@ class RedisSource(SourceConfig):
             raise Mistaken('source_of_rdb = "file" needs path', "path is the server's data directory")
         if self.source_of_rdb == "container" and self.container is None:
             raise Mistaken('source_of_rdb = "container" needs container', "name the server's container")
+        if self.mode == "pitr" and self.source_of_rdb not in ("auto", "wire"):
+            raise Mistaken(
+                f'source_of_rdb = "{self.source_of_rdb}" and mode = "pitr" exclude each other',
+                "pitr takes it over the wire",
+            )
+        _check_log_interval(self.mode, self.log_interval)
 
 
 class ChromaSource(SourceConfig):

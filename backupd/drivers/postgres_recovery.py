@@ -183,6 +183,8 @@ def wal_files(
     transactions = Transactions()
     system = epoch_parts(str(of.get("epoch")))[0]
     for span, data in logs:
+        if not data:
+            continue  # an anchor alone; of a new timeline it is no WAL that a recovery could find
         if segments.position is None and (span.start > start or epoch_parts(span.epoch)[0] != system):
             break
         yield from segments.add(span.epoch, span.start, data)

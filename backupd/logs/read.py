@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from backupd.chain import Need, chains, cover, still_there
@@ -25,7 +26,8 @@ _NAP = 0.5
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
-    """The log of these spans, some MiB at a time, each piece beginning where the one before ended.
+    """The log of these spans, some MiB at a time, each piece beginning where the one before ended; the last may be
+    empty, with what is known of how long it was the last.
 
     Where compaction has put another object in the place of one, that is read. Raises Damaged for a hole.
     """
@@ -41,13 +43,18 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
                     yield piece, data
                     position = piece.end
                 if position >= end:
-                    return
+                    break
+            if position >= end:
+                break
         except ObjectMissing:
             left = list(still_there(spans, chains(*repository.logs(first.source))))
             tries = tries + 1 if position == before else 1
             if tries <= AGAIN:
                 continue
         raise hole(first, position)
+    for span in spans:  # an anchor alone, at the end of all
+        if span.start == span.end == end and span.anchor is not None:
+            yield replace(span, anchors=(span.anchor,)), b""
 
 
 def read_span(
@@ -57,11 +64,16 @@ def read_span(
     stored = repository.read_log(span)
     at, wanted = span.start, span.start if position is None else position
     try:
-        for data in decode(repository.codec, stored):
+        header = decode_header(repository.codec, stored)
+        anchors = list(header.anchors)
+        for data in decode(repository.codec, stored, header):
             begin, at = at, at + len(data)
             if at > wanted:
                 skip = max(0, wanted - begin)
-                yield replace(span, start=begin + skip, end=at), data[skip:] if skip else data
+                known = tuple(takewhile(lambda anchor: anchor.position <= at, anchors))  # noqa: B023
+                del anchors[: len(known)]
+                piece = replace(span, start=begin + skip, end=at, anchors=known)
+                yield piece, data[skip:] if skip else data
         if at != span.end:
             raise Damaged(f"it holds the log up to {at:x} instead of {span.end:x}")
     except Damaged as error:
