@@ -153,6 +153,8 @@ class LogSpan:
     """The newest that counts once this span is stored. Of a listing, its position is `end`: true, if less exact."""
     size: int
     """Bytes as stored."""
+    anchors: tuple[Anchor, ...] = ()
+    """All that are stored at or before its end, oldest first, exact. Only of a piece that was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,7 +436,8 @@ class RecordingDriver(Protocol):
 
     def recovered(self, container: Container) -> Facts:
         """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
-        where there is none. Raises RestoreFailed where it has not ended."""
+        where there is none. Where the log has no times of its own: it is exactly `as_of` and more had been done by
+        `more_by`, or all that was done by `holds_until` is in it. Raises RestoreFailed where it has not ended."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from datetime import UTC, datetime, timedelta, tzinfo
 
 from backupd.chain import Chain, chain_of, interval, logs_for, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
-from backupd.model import LogSpan, PointKind, RecoveryPoint
+from backupd.model import Json, LogSpan, PointKind, RecoveryPoint
 
 LATEST = datetime.max.replace(tzinfo=UTC)
 """`--at latest`: the newest point there is, even one a server dated a second ahead of this clock."""
 
+_ROUNDED = timedelta(seconds=1)  # a landing so much earlier than planned is no news
 _AHEAD = timedelta(minutes=5)  # a clock this far ahead of ours may still be right
 
 
@@ -75,6 +76,19 @@ class RestorePlan:
     def spread(self) -> timedelta:
         """How far apart the sources land: within it, one may know of what another does not."""
         return max(step.lands_at for step in self.steps) - self.effective
+
+
+def landed_early(step: Step, as_of: Json) -> list[str]:
+    """What is told where the log could not be followed as far as was planned, but only to this instant."""
+    if not isinstance(as_of, str) or step.replay_to is None:
+        return []
+    early = step.replay_to - datetime.fromisoformat(as_of)
+    if early <= _ROUNDED:
+        return []
+    return [
+        f"it is as it was {early.total_seconds():.1f} s before {format_instant(step.replay_to)}: when was done what "
+        "came after is not known, as nobody recorded it then"
+    ]
 
 
 # --- what can be restored ---------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from backupd.model import (
     Sandbox,
     Silence,
 )
-from backupd.plan import RestorePlan, Step
+from backupd.plan import RestorePlan, Step, landed_early
 from backupd.repository import Repository
 
 T = TypeVar("T")
@@ -217,14 +217,14 @@ def _load(
     work.check()
     if spec.load_while == "stopped" and spec.service:
         _start(container, spec, ready, progress)
-    progress.stage("comparing")
-    # What was measured at capture holds for that instant alone.
+    progress.stage("comparing")  # what was measured at capture holds for that instant alone
     as_captured = step.lands_at == step.point.instant and not step.whole and not work.target
     compared, differences = _compare_with_capture(step.point, driver, container) if as_captured else (0, ())
     address = container.address(spec.port) if spec.port and container.running else None
     recovered: Facts = {}
     if isinstance(driver, RecordingDriver) and need_of(step.point) is not None and container.running:
         recovered = driver.recovered(container)
+        told.warnings += landed_early(step, recovered.get("as_of"))
     return Restored(
         step, container.name, time.monotonic() - begun, compared, differences, address, container.image,
         tuple(told.warnings), recovered,

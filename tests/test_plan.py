@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from backupd.chain import chains, cover, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
 from backupd.model import Anchor, Json, LogMark, LogSpan, PointKind, RecoveryPoint
-from backupd.plan import LATEST, format_instant, parse_at, plan_point, plan_restore, windows
+from backupd.plan import LATEST, format_instant, landed_early, parse_at, plan_point, plan_restore, windows
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -245,6 +245,18 @@ def test_a_log_brings_its_base_to_the_very_instant() -> None:
     assert (a.lands_at, a.replay_to, a.skew) == (at(2), at(2), timedelta(0))
     assert [s.start for s in a.logs] == [0, 10]
     assert (b.lands_at, b.logs, plan.spread) == (at(2), (), timedelta(0))
+
+
+def test_a_landing_earlier_than_planned_is_told() -> None:
+    """Where the restored server says so itself, and by more than is rounded away."""
+    found = chains([span(0, 100, at(2)), span(100, 200, at(4))])
+    (step,) = plan_restore([based("a", at(1), 10, 20)], at(3), ["a"], logs=found).steps
+    for as_of in (None, at(3).isoformat(), (at(3) - timedelta(seconds=0.9)).isoformat()):
+        assert landed_early(step, as_of) == []
+    (told,) = landed_early(step, at(2).isoformat())
+    assert "3600.0 s before" in told
+    (whole,) = plan_restore([based("a", at(1), 10, 20)], LATEST, ["a"], logs=found).steps
+    assert landed_early(whole, at(2).isoformat()) == []
 
 
 def test_a_little_more_of_the_log_is_replayed_from_than_the_anchors_ask_for() -> None:

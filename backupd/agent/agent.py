@@ -137,8 +137,8 @@ class Agent:
         with self._lock:
             if self._repository is None:
                 where, options = self.config.repository.location, self._s3_options()
-                Repository.open(open_store(where, options, patience=self.patience))
-                self._repository = Repository.open(open_store(where, options))
+                opened = Repository.open(open_store(where, options, patience=self.patience))
+                self._repository = opened.on(open_store(where, options))
             return self._repository
 
     def repository_to_fill(self) -> Repository:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from backupd.archive.earlier import read_page
+from backupd.archive.index import read_page
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import BLOB, Directory, PackBuilder
 from backupd.archive.page import CONTENT, Pieces, encode_page, pieces_of

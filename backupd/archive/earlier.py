@@ -14,10 +14,10 @@ from datetime import timedelta
 from functools import cached_property
 from typing import TypeAlias
 
+from backupd.archive.index import PageReader
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import TAIL_SIZE, Directory, decode_blobs, decode_directory, directory_length
-from backupd.archive.page import CONTENT, EXTRA, INODE, NAME, Page, Row, decode_page, pieces_of
-from backupd.archive.parallel import in_order
+from backupd.archive.page import CONTENT, EXTRA, INODE, NAME, Row, pieces_of
 from backupd.archive.pipeline import page_from_row
 from backupd.errors import Damaged
 from backupd.model import ObjectInfo
@@ -55,6 +55,7 @@ class Earlier:
         self._row: tuple[PageRef, ...] = pages if self.latest and self.latest.ordered else ()
         self._firsts = [page.first for page in self._row]
         self._cache: dict[int, Rows] = {}
+        self._index = PageReader(repository, source, self._row, damaged=self._skip_page)
         for name in self._orphans:
             directory = self._load(name)
             for row in directory.pages if directory else ():
@@ -109,10 +110,7 @@ class Earlier:
     def places(self) -> dict[int, str]:
         """Inode of each directory of the latest point -> its path there. Reads every page: 0.2 s for 60,000 files."""
         return {
-            own[INODE]: path
-            for page in in_order(self._row, self._read_page)
-            for path, own, _ in page.dirs
-            if own is not None
+            own[INODE]: path for page in self._index.all() for path, own, _ in page.dirs if own is not None
         }
 
     @cached_property
@@ -205,7 +203,7 @@ class Earlier:
         if rows is None:
             if len(self._cache) > 4:
                 self._cache.clear()
-            page = self._read_page(self._row[index])
+            page = self._index.page(index)
             usable = [self._present(name) for name in page.packs]
             rows = self._cache[index] = {}
             for path, own, members in page.dirs:
@@ -215,13 +213,8 @@ class Earlier:
                         known[row[NAME]] = row
         return rows
 
-    def _read_page(self, ref: PageRef) -> Page:
-        """Empty where it cannot be read."""
-        try:
-            return read_page(self._repository, self._source, ref)
-        except Damaged as error:
-            self.skipped.append(f"a page of the latest point is not used: {error.message}")
-            return Page([], [])
+    def _skip_page(self, error: Damaged) -> None:
+        self.skipped.append(f"a page of the latest point is not used: {error.message}")
 
 
 def _as_written(row: Row, packs: list[str], usable: list[bool]) -> bool:
@@ -257,12 +250,3 @@ def _directory_frame(repository: Repository, source: str, name: str, size: int) 
     if length > guess:
         end = repository.read_pack(source, name, size - length, length)
     return end[-length:]
-
-
-def read_page(repository: Repository, source: str, ref: PageRef) -> Page:
-    """Read and check one index page. Raises Damaged."""
-    stored = repository.read_pack(source, ref.pack, ref.offset, ref.length)
-    plain = repository.codec.decode(stored, ref.size)
-    if repository.codec.digest(plain).hex() != ref.digest:
-        raise Damaged(f"an index page in the pack {ref.pack} is not what was written")
-    return decode_page(plain)

@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from backupd.archive.known import KnownContent
@@ -122,6 +122,8 @@ class Pipeline:
         for _ in range(putters):
             self._buffers.put(bytearray())
         self._pack = PackBuilder(next(names))
+        self._waiting: list[tuple[int, PageRef, bytes]] = []  # pages for the end of the pack, and their slots
+        self._waiting_size = 0
         self.packs: list[PackRef] = []
         self.pages: list[PageRef | None] = []
         self._current: Slab | None = None
@@ -269,14 +271,17 @@ class Pipeline:
                         self._place(item)
                     for draft in item.pages if isinstance(item, _Frame) else (item,):
                         self._write_page(draft)
-                    if self._pack.size >= PACK_SIZE or self._pack.directory.count >= _MOST_BLOBS:
+                    if (
+                        self._pack.size + self._waiting_size >= PACK_SIZE
+                        or self._pack.directory.count >= _MOST_BLOBS
+                    ):
                         self._finish_pack()
             except BaseException as error:  # noqa: BLE001 - told to the reader, who raises it
                 self._fail(error)
             finally:
                 self._flight.release()
         try:
-            if self._failure is None and self._pack.size:
+            if self._failure is None and (self._pack.size or self._waiting):
                 self._finish_pack()
         except BaseException as error:  # noqa: BLE001 - told to the reader, who raises it
             self._fail(error)
@@ -305,20 +310,24 @@ class Pipeline:
             pieces.append([name, blob, 1])
 
     def _write_page(self, draft: PageDraft) -> None:
+        """Pages end the pack, side by side: many are read in one request."""
         plain, packs = encode_page(draft.dirs)
         stored = self._codec.encode(plain)
         digest = self._codec.digest(plain).hex()
-        pack = self._pack
-        offset = pack.add_page(stored)
         page = PageRef(
-            draft.stat, pack.name, offset, len(stored), len(plain), digest, draft.first, tuple(packs), draft.members,
+            draft.stat, self._pack.name, 0, len(stored), len(plain), digest, draft.first, tuple(packs), draft.members,
             draft.bytes,
         )  # fmt: skip
-        pack.directory.pages.append(page_row(page))
-        self.pages[draft.slot] = page
+        self._waiting.append((draft.slot, page, stored))
+        self._waiting_size += len(stored)
 
     def _finish_pack(self) -> None:
         pack = self._pack
+        for slot, page, stored in self._waiting:
+            placed = replace(page, offset=pack.add_page(stored))
+            pack.directory.pages.append(page_row(placed))
+            self.pages[slot] = placed
+        self._waiting, self._waiting_size = [], 0
         data, directory = pack.finish(self._codec)
         digest = self._codec.digest(data[-directory:]).hex()
         self.packs.append(PackRef(pack.name, len(data), directory, digest))

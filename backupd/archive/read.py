@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from backupd.archive import tar
-from backupd.archive.earlier import read_page
 from backupd.archive.frames import FrameReader
+from backupd.archive.index import read_page, read_pages
 from backupd.archive.page import (
     CONTENT,
     GID,
@@ -28,7 +28,6 @@ from backupd.archive.page import (
     pieces_of,
     xattrs_of,
 )
-from backupd.archive.parallel import in_order
 from backupd.archive.scan import sort_key
 from backupd.errors import NoRecoveryPoint
 from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
@@ -70,7 +69,7 @@ class PointArchive:
 
     def pages(self) -> Iterator[Page]:
         """Decoded index pages, in order. Raises Damaged."""
-        yield from in_order(self._manifest.pages, self._page)  # of a distant store one by one would take long
+        yield from read_pages(self._repository, self.point.source, self._manifest.pages)
 
     def members(self) -> Iterator[Member]:
         for path, row, _ in self._rows():

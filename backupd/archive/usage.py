@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 
-from backupd.archive.earlier import load_directory, read_page
+from backupd.archive.earlier import load_directory
+from backupd.archive.index import read_pages
 from backupd.archive.pack import SKIPPABLE_HEADER, Directory, Frame
 from backupd.archive.page import CONTENT, Page, Row
 from backupd.archive.parallel import in_order
@@ -47,7 +48,7 @@ def measure(
         lengths[ref.name] = _lengths(directory)
         frames[ref.name] = directory.frames
     pages = unique_pages(manifests)
-    for page in in_order(pages, partial(read_page, repository, source)):
+    for page in read_pages(repository, source, pages):
         _mark(page, needed)
     uses = [
         PackUse(name, ref.size, _content(ref, frames[name], lengths[name], needed[name]))

@@ -16,7 +16,13 @@ from backupd.errors import RestoreFailed, UsageError
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 
-_RECOVERED = {"last_commit": "last commit that is in it:", "first_left_out": "first that is not:"}
+_RECOVERED = {
+    "last_commit": "last commit that is in it:",
+    "first_left_out": "first that is not:",
+    "as_of": "exactly as it was at:",
+    "more_by": "more had been done by:",
+    "holds_until": "all is in it that was done by:",
+}
 _SHOWN = 20  # warnings a source; --json has them all
 
 F = TypeVar("F", bound=Callable[..., Any])

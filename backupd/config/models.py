@@ -115,6 +115,18 @@ def _scheme(url: str | None, *schemes: str) -> None:
         )
 
 
+_LOG_INTERVAL = "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
+
+
+def _check_log_interval(mode: str, interval: timedelta | None) -> None:
+    if interval is None:
+        return
+    if mode != "pitr":
+        raise Mistaken('log_interval needs mode = "pitr"', "a dump has no log")
+    if interval < timedelta(milliseconds=100):
+        raise Mistaken("log_interval is too short", "100ms at least")
+
+
 class PostgresSource(SourceConfig):
     """A PostgreSQL server."""
 
@@ -128,9 +140,7 @@ class PostgresSource(SourceConfig):
         "dump",
         "dump: pg_dump of each database, and the globals; pitr: base backups and every change between them.",
     )
-    log_interval: timedelta | None = key(
-        None, "With pitr: how often the log is stored; else 1s on a directory, 10s on S3."
-    )
+    log_interval: timedelta | None = key(None, _LOG_INTERVAL)
 
     @property
     def recorded_every(self) -> timedelta | None:
@@ -147,11 +157,7 @@ class PostgresSource(SourceConfig):
             raise Mistaken("databases is empty", "name at least one, or leave it out for all of them")
         if self.mode == "pitr" and self.databases is not None:
             raise Mistaken('databases and mode = "pitr" exclude each other', "pitr takes the whole server")
-        if self.log_interval is not None:
-            if self.mode != "pitr":
-                raise Mistaken('log_interval needs mode = "pitr"', "a dump has no log")
-            if self.log_interval < timedelta(milliseconds=100):
-                raise Mistaken("log_interval is too short", "100ms at least")
+        _check_log_interval(self.mode, self.log_interval)
 
 
 class RedisSource(SourceConfig):
@@ -166,6 +172,14 @@ class RedisSource(SourceConfig):
     source_of_rdb: Literal["auto", "file", "container", "wire"] = key(
         "auto", "Where the RDB is read from after BGSAVE; wire: as a replica does."
     )
+    mode: Literal["dump", "pitr"] = key(
+        "dump", "dump: the RDB that the server makes; pitr: an RDB over the wire, and every write between."
+    )
+    log_interval: timedelta | None = key(None, _LOG_INTERVAL)
+
+    @property
+    def recorded_every(self) -> timedelta | None:
+        return self.log_interval or timedelta(seconds=1) if self.mode == "pitr" else None
 
     @classmethod
     def prepare(cls, table: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +192,12 @@ class RedisSource(SourceConfig):
             raise Mistaken('source_of_rdb = "file" needs path', "path is the server's data directory")
         if self.source_of_rdb == "container" and self.container is None:
             raise Mistaken('source_of_rdb = "container" needs container', "name the server's container")
+        if self.mode == "pitr" and self.source_of_rdb not in ("auto", "wire"):
+            raise Mistaken(
+                f'source_of_rdb = "{self.source_of_rdb}" and mode = "pitr" exclude each other',
+                "pitr takes it over the wire",
+            )
+        _check_log_interval(self.mode, self.log_interval)
 
 
 class ChromaSource(SourceConfig):

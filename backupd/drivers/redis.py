@@ -37,6 +37,7 @@ from backupd.model import (
     Clock,
     Container,
     ContainerSpec,
+    Driver,
     Facts,
     Json,
     Problem,
@@ -70,8 +71,17 @@ class RedisSettings:
     facts: bool = True
 
 
-def from_config(source: RedisSource, engine: Engine) -> RedisDriver:
-    """The driver for a source of the configuration."""
+def from_config(source: RedisSource, engine: Engine) -> Driver:
+    """The driver for a source of the configuration, by its mode."""
+    made = _dumps(source, engine)
+    if str(source.mode) == "pitr":
+        from backupd.drivers.redis_pitr import RedisPitr
+
+        return RedisPitr(made)
+    return made
+
+
+def _dumps(source: RedisSource, engine: Engine) -> RedisDriver:
     password = source.password.get_secret_value() if source.password else ""
     username = source.username or ""
     address = RedisAddress.of_url(source.url, username=username, password=password) if source.url else None
@@ -112,25 +122,21 @@ class RedisDriver:
     @contextmanager
     def capture(self, since: RecoveryPoint | None) -> Iterator[Capture]:  # noqa: ARG002  a dump stands alone
         """Have the server make a dump, and hand it out while it is checked. Raises CaptureFailed."""
-        with _failing_as(CaptureFailed), self._connect() as server:
-            container = self._container() if self._container else None
+        with failing_as(CaptureFailed), self.connect() as server:
+            container = self.container()
             expected = _databases(server)
             check = RdbCheck(count=self._settings.facts, expected=expected)
             before, chunks = self._dump(server, container)
             capture = Capture(content=Streams(()), instant=before)
-            capture.attributes.update(_describe(server, container))
-            apart = abs(self._clock() - server.time())
-            if apart > _CLOCKS_APART:
-                capture.warnings.append(
-                    f"the server's clock and this one are {apart.total_seconds():.0f} s apart"
-                )
+            capture.attributes.update(describe(server, container))
+            capture.warnings += self.clock_warnings(server)
             whole: list[RdbSummary] = []
 
             def done(summary: RdbSummary) -> None:
                 _note(capture, summary, before, expected if self._settings.facts else None)
                 whole.append(summary)
 
-            with closing(_reading(chunks)) as reading, closing(checked(reading, check, done)) as passing:
+            with closing(reading_dump(chunks)) as reading, closing(checked(reading, check, done)) as passing:
                 capture.content = Streams([Stream(MEMBER, passing)])
                 yield capture
             if not whole:
@@ -143,7 +149,7 @@ class RedisDriver:
     def _dump(self, server: Connection, container: Container | None) -> tuple[datetime, Iterator[bytes]]:
         """An instant that the dump is not older than, and its bytes."""
         if self._over_wire(container):
-            return server.time(), server.dump()
+            return server.time(), _wired(server)
         found = server.config("dir", "dbfilename")
         name = found.get("dbfilename", MEMBER)
         before = _save(server)
@@ -161,7 +167,19 @@ class RedisDriver:
             return before, _contents(_open(mounted / name))
         return before, _from_container(container, f"{directory.rstrip('/')}/{name}")
 
-    def _connect(self) -> Connection:
+    def clock_warnings(self, server: Connection) -> list[str]:
+        """Where the server's clock is not this one's."""
+        apart = abs(self._clock() - server.time())
+        if apart <= _CLOCKS_APART:
+            return []
+        return [f"the server's clock and this one are {apart.total_seconds():.0f} s apart"]
+
+    def container(self) -> Container | None:
+        """The one the server runs in, where that is known."""
+        return self._container() if self._container else None
+
+    def connect(self) -> Connection:
+        """To the source. Raises RedisError, ContainerError."""
         settings = self._settings
         if settings.address is not None:
             return Connection(settings.address)
@@ -210,21 +228,22 @@ class RedisDriver:
             raise RestoreFailed(
                 "this recovery point holds no dump.rdb", hint="is it one of a redis source? see backupd list"
             )
-        with _failing_as(RestoreFailed):
-            bring_back(container, self._credentials(), size, archive.read(MEMBER))
+        with failing_as(RestoreFailed):
+            bring_back(container, self.credentials(), size, archive.read(MEMBER))
 
     def facts(self, container: Container) -> Facts:
         """What the server in a restored container holds, once it has loaded. Raises RestoreFailed."""
         if not self._settings.facts:
             return {}
-        with _failing_as(RestoreFailed), reach(container, self._credentials(), timeout=3600) as server:
+        with failing_as(RestoreFailed), reach(container, self.credentials(), timeout=3600) as server:
             counts = {
                 name.removeprefix("db"): Counts.of_info(line)
                 for name, line in server.info("keyspace").items()
             }
             return _facts({name: c.keys - c.expiring for name, c in counts.items()}, _functions(server))
 
-    def _credentials(self) -> RedisAddress:
+    def credentials(self) -> RedisAddress:
+        """User and password alone: they hold for a restored server too."""
         return RedisAddress(username=self._settings.username, password=self._settings.password)
 
     # --- check
@@ -232,12 +251,13 @@ class RedisDriver:
     def check(self) -> Sequence[Problem]:
         """Reachable, of a supported version, its file readable? Touches nothing."""
         try:
-            with self._connect() as server:
-                return list(self._problems(server))
+            with self.connect() as server:
+                return [*self.whole_problems(server), *self._file_problems(server)]
         except BackupdError as error:
             return [Problem(error.message, error.hint)]
 
-    def _problems(self, server: Connection) -> Iterator[Problem]:
+    def whole_problems(self, server: Connection) -> Iterator[Problem]:
+        """Of the server, however its dump is read."""
         about = server.info("server")
         version = about.get("redis_version", "")
         if not version.partition(".")[0].isdigit() or int(version.partition(".")[0]) < _OLDEST:
@@ -251,8 +271,9 @@ class RedisDriver:
         link = server.info("replication")
         if link.get("role") == "slave" and link.get("master_link_status") != "up":
             yield Problem("this replica has lost its master", "what it holds may be old", fatal=False)
-        container = self._container() if self._container else None
-        if self._over_wire(container):
+
+    def _file_problems(self, server: Connection) -> Iterator[Problem]:
+        if self._over_wire(self.container()):
             return
         if server.info("persistence").get("rdb_last_bgsave_status") == "err":
             yield Problem("the server's last BGSAVE failed", "its log says why: disk full, or not writable?")
@@ -347,7 +368,7 @@ def _from_container(container: Container, path: str) -> Iterator[bytes]:
         ) from error
 
 
-def _reading(chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
+def reading_dump(chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
     """Errors of the server, of a file and of the engine in the middle of a dump end the capture."""
     try:
         yield from chunks
@@ -355,6 +376,11 @@ def _reading(chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
         raise CaptureFailed(f"the dump could not be read: {error}", hint="back up again") from error
     except RedisError as error:
         raise CaptureFailed(error.message, hint=error.hint) from error
+
+
+def _wired(server: Connection) -> Iterator[bytes]:
+    """Asked for with the first chunk: until then the connection takes other commands."""
+    yield from server.dump()[1]
 
 
 def _readable(path: Path) -> bool:
@@ -421,7 +447,8 @@ def _note(capture: Capture, summary: RdbSummary, before: datetime, expected: Seq
         }
 
 
-def _describe(server: Connection, container: Container | None) -> dict[str, Json]:
+def describe(server: Connection, container: Container | None) -> dict[str, Json]:
+    """What a restore must know of a server."""
     about = server.info("server")
     settings = server.config("dir", "dbfilename", "databases")
     memory = server.info("memory")
@@ -444,7 +471,7 @@ def _image(about: Mapping[str, Json]) -> str:
 
 
 @contextmanager
-def _failing_as(kind: type[BackupdError]) -> Iterator[None]:
+def failing_as(kind: type[BackupdError]) -> Iterator[None]:
     """A server's refusal becomes the failure of what was being done."""
     try:
         yield

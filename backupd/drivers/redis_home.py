@@ -40,8 +40,9 @@ class Home:
     gid: int = _REDIS_UID
 
 
-def layout(home: Home, size: int, dump: Iterable[bytes]) -> Iterator[bytes]:
-    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back. Pure."""
+def layout(home: Home, size: int, dump: Iterable[bytes], *, alone: bool = True) -> Iterator[bytes]:
+    """A tar, to be unpacked in `home.directory`, that brings a dump of `size` bytes back. `alone`: nothing is appended
+    to it before the server starts, so it can be the dump too. Pure."""
     entry = partial(_tarstream.entry, uid=home.uid, gid=home.gid)
     first = home.dbfilename
     if home.appendonly and home.major >= 7:
@@ -59,7 +60,7 @@ def layout(home: Home, size: int, dump: Iterable[bytes]) -> Iterator[bytes]:
     yield entry(first, size=size)
     yield from _measured(dump, size)
     yield _tarstream.padding(size)
-    if first.startswith(home.appenddirname + "/"):
+    if alone and first.startswith(home.appenddirname + "/"):
         yield entry(home.dbfilename, link=first)
     yield _tarstream.END
 
@@ -190,11 +191,12 @@ def _owner(container: Container, directory: str) -> tuple[int, int]:
     return head.uid, head.gid
 
 
-def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
-    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+@contextlib.contextmanager
+def fresh_server(container: Container, address: RedisAddress) -> Iterator[tuple[Connection, Home]]:
+    """A container's server, running and empty, that will not save by itself when it is stopped. A container that was
+    not running is started for it: only the server itself knows for sure where it looks for its data.
 
-    A container that was not is started for a second, empty: only the server itself knows for sure where it
-    looks for its data. Raises RestoreFailed, with nothing changed, where it holds data already.
+    Raises RestoreFailed, with nothing changed, where it holds data already.
     """
     was_running = container.running
     if not was_running:
@@ -206,10 +208,21 @@ def bring_back(container: Container, address: RedisAddress, size: int, dump: Ite
             refuse_used(container, home.directory)
             with contextlib.suppress(RedisError):  # else it would write an empty dump when it is stopped
                 server.call("CONFIG", "SET", "save", "")
+            yield server, home
     except BaseException:
         if not was_running:
             container.stop()
         raise
+
+
+def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
+    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+
+    Raises RestoreFailed, with nothing changed, where it holds data already.
+    """
+    was_running = container.running
+    with fresh_server(container, address) as (_, home):
+        pass
     container.stop()
     container.write(home.directory, layout(home, size, dump))
     if was_running:

@@ -2,7 +2,7 @@
 
 Its own forty lines of RESP, because half of it (PSYNC, a dump in the middle of the connection) is what client
 libraries do not do, and because a backup wants no retries that it does not know of.
-Protocols: RESP2, and the first half of Redis replication (as `redis-cli --rdb` uses it).
+Protocols: RESP2, and the replica's side of Redis replication.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TypeAlias
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from backupd.drivers.redis_stream import Answer, Moment
 from backupd.errors import BackupdError, UsageError
 
 Reply: TypeAlias = "int | bytes | list[Reply] | None"
@@ -39,7 +40,7 @@ _HINTS = {
     "NOAUTH": "the server wants a password: give password_file (and username, for an ACL user)",
     "WRONGPASS": "the username or the password is wrong",
     "NOPERM": "the user needs +ping +time +info +config|get, and +psync +replconf (over the wire) or +bgsave "
-    "+lastsave (from a file)",
+    '+lastsave (from a file), and +multi +exec for mode = "pitr"',
     "LOADING": "the server is still loading its data; try again when it has",
     "MISCONF": "the server cannot save to its disk; look at its log",
     "NOMASTERLINK": "this replica has lost its master; back up the master, or mend the link",
@@ -89,6 +90,7 @@ class Connection:
         """Connect and give the password, where there is one."""
         self.address = address
         self._buffer = bytearray()
+        self._timeout = timeout
         self._socket = self._connect(timeout)
         try:
             if address.password:
@@ -152,11 +154,11 @@ class Connection:
 
     def send(self, *words: str | bytes) -> None:
         """A command whose answer is read later, or never comes."""
-        coded = [w if isinstance(w, bytes) else w.encode(errors="surrogateescape") for w in words]
+        self._put(_coded(words))
+
+    def _put(self, data: bytes) -> None:
         try:
-            self._socket.sendall(
-                b"*%d\r\n" % len(coded) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in coded)
-            )
+            self._socket.sendall(data)
         except OSError as error:
             raise self._lost(error) from error
 
@@ -212,7 +214,7 @@ class Connection:
         code = text.partition(" ")[0].lstrip("-")
         return RedisError(
             f"the Redis server at {self.address} refuses {command or 'a command'}: {text}",
-            hint=_HINTS.get(code, ""),
+            hint=_HINTS.get("NOPERM" if " NOPERM " in text else code, ""),
             code=code,
         )
 
@@ -220,8 +222,7 @@ class Connection:
 
     def info(self, section: str) -> dict[str, str]:
         """One section of INFO."""
-        lines = self.text("INFO", section).splitlines()
-        return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
+        return _lines(self.text("INFO", section))
 
     def time(self) -> datetime:
         """The server's clock: everything it acknowledged before this call has happened before it."""
@@ -240,10 +241,68 @@ class Connection:
                     raise
         return found
 
+    def moment(self) -> Moment:
+        """Its clock and its place in its history, nothing between them."""
+        words = (("MULTI",), ("TIME",), ("INFO", "replication"), ("EXEC",))
+        self._put(b"".join(map(_coded, words)))
+        for word, *_ in words[:3]:
+            self._reply(word)
+        match self._reply("EXEC"):
+            case [[bytes(seconds), bytes(micros)], bytes(info)]:
+                said = _lines(info.decode(errors="replace"))
+            case _:
+                raise self._lost()
+        at = datetime.fromtimestamp(int(seconds), UTC) + timedelta(microseconds=int(micros))
+        current = said.get("role") != "slave" or said.get("master_link_status") == "up"
+        return Moment(at, said.get("master_replid", ""), int(said.get("master_repl_offset", "0")), current)
+
+    # --- its history, as a replica receives it
+
+    def follow(self, epoch: str, position: int) -> Answer:
+        """Ask for the stream from a position of its history on. Where the answer does not continue it, close the
+        connection: the server was about to send a dump.
+
+        It is not told any port: nobody connects to us, and nothing that promotes replicas can choose us.
+        """
+        self.call("REPLCONF", "capa", "eof", "capa", "psync2")
+        self.send("PSYNC", epoch, str(position + 1))
+        return self._answer()
+
+    def _answer(self) -> Answer:
+        line = self._line().decode(errors="replace")
+        if line.startswith("-"):
+            raise self._refused("PSYNC", line[1:])
+        answer = Answer.of_line(line)
+        if answer is None:
+            raise RedisError(
+                f"{self.address} answered PSYNC with {line[:60]!r}", hint="it is no server that has replicas"
+            )
+        return answer
+
+    def stream(self, seconds: float) -> bytes:
+        """What came of the stream, at the latest after some seconds; empty where nothing did."""
+        if not self._buffer:
+            self._socket.settimeout(seconds)
+            try:
+                data = self._socket.recv(_CHUNK)
+            except TimeoutError:
+                return b""
+            except OSError as error:
+                raise self._lost(error) from error
+            finally:
+                self._socket.settimeout(self._timeout)
+            if not data:
+                raise self._lost()
+            return data
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
     # --- the dump, as a replica receives it
 
-    def dump(self) -> Iterator[bytes]:
-        """The whole dataset as an RDB. The server makes it when asked (after `repl-diskless-sync-delay`).
+    def dump(self) -> tuple[Answer, Iterator[bytes]]:
+        """The whole dataset as an RDB, and of which place in the server's history it is. The server makes it when
+        asked (after `repl-diskless-sync-delay`).
 
         Raises RedisError where the server refuses, or the connection ends before the dump does. Use the
         connection for nothing else, and close it at the end: nothing of a replica stays.
@@ -259,14 +318,7 @@ class Connection:
                 if error.code != "ERR":
                     raise
         self.send("PSYNC", "?", "-1")
-        answer = self._line()
-        if answer.startswith(b"-"):
-            raise self._refused("PSYNC", answer[1:].decode(errors="replace"))
-        if not answer.startswith(b"+FULLRESYNC"):
-            raise RedisError(
-                f"{self.address} answered PSYNC with {answer[:60]!r}", hint="use BGSAVE and a file"
-            )
-        yield from self._payload()
+        return self._answer(), self._payload()
 
     def _payload(self) -> Iterator[bytes]:
         head = self._line()
@@ -302,6 +354,16 @@ class Connection:
                 yield bytes(self._buffer[:sure])
                 del self._buffer[:sure]
             self._fill()
+
+
+def _coded(words: Sequence[str | bytes]) -> bytes:
+    coded = [w if isinstance(w, bytes) else w.encode(errors="surrogateescape") for w in words]
+    return b"*%d\r\n" % len(coded) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in coded)
+
+
+def _lines(info: str) -> dict[str, str]:
+    lines = info.splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))
 
 
 def _items(reply: Reply) -> list[Reply]:

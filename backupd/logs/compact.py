@@ -21,7 +21,9 @@ from backupd.repository import Repository, log_key
 LARGE = 64 << 20
 """Bytes of log in one object, at most."""
 SMALL = 1 << 20
-_THIN = timedelta(seconds=1)  # anchors that stay lie at least so far apart
+_THIN = timedelta(milliseconds=250)  # anchors that stay lie at least so far apart
+_ANCHORS = 100_000
+"""In one object: where days lie in it, as the source does little, fewer a second stay. Its header must stay small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def _make(repository: Repository, planned: Compaction) -> None:
         for _ in read_span(repository, made):  # what stays is sound before the others go
             pass
         return
-    anchors = _thinned(anchor for span in planned.remove for anchor in read_header(repository, span).anchors)
+    anchors = thinned(anchor for span in planned.remove for anchor in read_header(repository, span).anchors)
     pieces = (data for _, data in read_logs(repository, planned.read))
     stored, size = encode(repository.codec, pieces, anchors)
     if size != made.end - made.start:
@@ -131,11 +133,26 @@ def _make(repository: Repository, planned: Compaction) -> None:
             pass
 
 
-def _thinned(anchors: Iterable[Anchor]) -> list[Anchor]:
-    """Oldest first; the newest always stays."""
+def thinned(anchors: Iterable[Anchor], *, most: int = _ANCHORS) -> list[Anchor]:
+    """Oldest first; the oldest and the newest always stay. Of those at one position the first and the last say all:
+    the source stood still between."""
     kept: list[Anchor] = []
     for anchor in sorted(set(anchors), key=lambda a: (a.at, a.position)):
-        if len(kept) > 1 and anchor.at - kept[-2].at < _THIN:
+        if len(kept) > 1 and anchor.position == kept[-1].position == kept[-2].position:
+            kept.pop()
+        kept.append(anchor)
+    apart = _THIN
+    kept = _apart(kept, apart)
+    while len(kept) > most:
+        apart *= 2
+        kept = _apart(kept, apart)
+    return kept
+
+
+def _apart(anchors: Iterable[Anchor], least: timedelta) -> list[Anchor]:
+    kept: list[Anchor] = []
+    for anchor in anchors:
+        if len(kept) > 1 and anchor.at - kept[-2].at < least:
             kept.pop()
         kept.append(anchor)
     return kept

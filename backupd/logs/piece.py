@@ -114,9 +114,9 @@ def decode_header(codec: Codec, stored: bytes) -> Header:
         raise Damaged(f"its header cannot be read: {error}") from None
 
 
-def decode(codec: Codec, stored: bytes) -> Iterator[bytes]:
-    """The log in it, frame by frame, each compared with its digest. Raises Damaged."""
-    header = decode_header(codec, stored)
+def decode(codec: Codec, stored: bytes, header: Header | None = None) -> Iterator[bytes]:
+    """The log in it, frame by frame, each compared with its digest. `header`: where it is known. Raises Damaged."""
+    header = header or decode_header(codec, stored)
     if header.stored != len(stored):
         raise Damaged(f"it has {len(stored):,} bytes instead of {header.stored:,}")
     view, at = memoryview(stored), header.length

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 from backupd.chain import Need, chains, cover, still_there
@@ -56,11 +57,16 @@ def read_span(
     stored = repository.read_log(span)
     at, wanted = span.start, span.start if position is None else position
     try:
-        for data in decode(repository.codec, stored):
+        header = decode_header(repository.codec, stored)
+        anchors = list(header.anchors)
+        for data in decode(repository.codec, stored, header):
             begin, at = at, at + len(data)
             if at > wanted:
                 skip = max(0, wanted - begin)
-                yield replace(span, start=begin + skip, end=at), data[skip:] if skip else data
+                known = tuple(takewhile(lambda anchor: anchor.position <= at, anchors))  # noqa: B023
+                del anchors[: len(known)]
+                piece = replace(span, start=begin + skip, end=at, anchors=known)
+                yield piece, data[skip:] if skip else data
         if at != span.end:
             raise Damaged(f"it holds the log up to {at:x} instead of {span.end:x}")
     except Damaged as error:

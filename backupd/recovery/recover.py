@@ -5,6 +5,8 @@ own zstd, the Python module `zstandard`, or the program `zstd`. Nothing else.
     python3 recover.py list                       what can be restored
     python3 recover.py ls POINT                   the files of one recovery point
     python3 recover.py extract POINT DIRECTORY    write them into a new or empty directory
+    python3 recover.py redis POINT DIRECTORY      a Redis that was recorded: point and log as appendonlydir, up to
+              [--at 2026-03-01T14:30:00Z]         this instant (UTC), or as far as it is known
 
 POINT is an id from `list`, or the first digits of it. Run it where it lies, or give the repository's directory
 with --repository. A repository in a bucket is copied down first, with any tool: the keys are the paths.
@@ -16,10 +18,12 @@ import argparse
 import base64
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 
 
 class Broken(Exception):
@@ -269,6 +273,101 @@ def extract(repository, prefix, into, warn):
     print("%d entries of %s written to %s" % (count, source, into))
 
 
+LOG = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-(gap|none|after-[A-Za-z0-9-]+|[0-9]{8}T[0-9.]+Z)\.zst")
+
+
+class Log:
+    """The log of a source, read on from a position, piece by piece."""
+
+    def __init__(self, root, source, epoch, position):
+        self.folder, self.epoch, self.position = os.path.join(root, "logs", source), epoch, position
+        self.first = position
+        self.begins, self.epochs = {}, {}
+        for name in sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else ():
+            self.epochs[name] = []
+            for match in map(LOG.fullmatch, sorted(os.listdir(os.path.join(self.folder, name)))):
+                if match and match.group(3).startswith("after-"):
+                    self.begins[match.group(3)[6:], int(match.group(1), 16)] = name
+                elif match:
+                    self.epochs[name].append((int(match.group(1), 16), int(match.group(2), 16), match))
+
+    def pieces(self):
+        """(anchors, bytes), each beginning where the one before ended; anchors are [microseconds, position]."""
+        while True:
+            spans = self.epochs.get(self.epoch, ())
+            here = [span for span in spans if span[0] <= self.position < span[1]]
+            gap = [
+                span for span in spans if span[2].group(3) == "gap" and self.first < span[0] == self.position
+            ]
+            alone = [span for span in spans if span[0] == span[1] == self.position and span not in gap]
+            for _, _, match in alone:
+                yield self.read(match)[0], b""
+            if here and not gap:
+                start, end, match = max(here, key=lambda span: span[1])
+                anchors, data = self.read(match)
+                if len(data) != end - start:
+                    raise Broken("%s: a piece has the wrong length" % match.group())
+                yield anchors, data[self.position - start :]
+                self.position = end
+            elif (self.epoch, self.position) in self.begins and not gap:
+                self.epoch = self.begins[self.epoch, self.position]
+            else:
+                return
+
+    def read(self, match):
+        with open(os.path.join(self.folder, self.epoch, match.group()), "rb") as file:
+            stored = file.read()
+        at = 8 + struct.unpack_from("<I", stored, 4)[0]
+        head, parts = json.loads(unpack(stored[8:at]).decode()), []
+        for length, _, digest in head["frames"]:
+            parts.append(unpack(stored[at : at + length]))
+            check(parts[-1], bytes.fromhex(digest))
+            at += length
+        return head["anchors"], b"".join(parts)
+
+
+def redis(repository, prefix, into, until):
+    """Point and log as Redis 7 and later lay them down themselves: the server executes the log when it starts."""
+    source, manifest = repository.manifest(prefix)
+    about = manifest["point"]["attributes"]
+    if manifest["point"]["driver"] != "redis" or "epoch" not in about:
+        sys.exit("recover.py: that is no point of a Redis that was recorded; use `extract`")
+    folder = os.path.join(into, "appendonlydir")
+    os.makedirs(folder)
+    for name, row, packs in repository.rows(source, manifest):
+        if name == "dump.rdb":
+            write_file(repository, source, os.path.join(folder, "appendonly.aof.1.base.rdb"), row, packs)
+    last, number = None, str(about.get("stream_database", 0)).encode()
+    with open(os.path.join(folder, "appendonly.aof.1.incr.aof"), "xb") as file:
+        file.write(b"*2\r\n$6\r\nSELECT\r\n$%d\r\n%s\r\n" % (len(number), number))
+        begin = file.tell() - about["start"]
+        for anchors, data in Log(repository.root, source, about["epoch"], about["start"]).pieces():
+            file.write(data)
+            last = max([a for a in anchors if a[0] <= until and a[1] >= about["end"]] + ([last] if last else []),
+                       default=None)  # fmt: skip
+            if any(anchor[0] > until for anchor in anchors):
+                break
+        if last is None or begin + last[1] > file.tell():
+            raise Broken(
+                "the log does not reach to the end of the point: take an earlier point, or a later instant"
+            )
+        file.truncate(begin + last[1])
+    with open(os.path.join(folder, "appendonly.aof.manifest"), "x", encoding="ascii") as file:
+        file.write(
+            "file appendonly.aof.1.base.rdb seq 1 type b\nfile appendonly.aof.1.incr.aof seq 1 type i\n"
+        )
+    print("%s as it was at %s, in %s" % (source, EPOCH + timedelta(microseconds=last[0]), folder))
+
+
+EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
+def micros(text):
+    """Microseconds since 1970 of an instant in UTC."""
+    at = datetime.fromisoformat(re.sub("Z$", "+00:00", text))
+    return (at.replace(tzinfo=at.tzinfo or timezone.utc) - EPOCH) // timedelta(microseconds=1)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -280,6 +379,10 @@ def main():
     sub = commands.add_parser("extract")
     sub.add_argument("point")
     sub.add_argument("directory")
+    sub = commands.add_parser("redis")
+    sub.add_argument("point")
+    sub.add_argument("directory")
+    sub.add_argument("--at", type=micros, default=1 << 62)
     options = parser.parse_args()
     repository = Repository(options.repository)
     warnings = []
@@ -296,6 +399,8 @@ def main():
             source, manifest = repository.manifest(options.point)
             for name, row, _ in repository.rows(source, manifest):
                 print("%s %12d %s" % (stat.filemode(row[1]), row[2], ascii(name)[1:-1]))
+        elif options.command == "redis":
+            redis(repository, options.point, options.directory, options.at)
         else:
             extract(repository, options.point, options.directory, warnings.append)
     except (Broken, OSError) as error:

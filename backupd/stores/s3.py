@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import secrets
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 LARGEST = 5 << 30  # S3's limit for a single PUT
 _REFUSED = (409, 412)
+_RACERS = 8
 _PUT_ID = "backupd-put"
 
 
@@ -100,7 +102,6 @@ class S3Store:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._lock = threading.RLock()
-        self._session: Session | None = None
         self._made: S3Client | None = None
         self._abilities: Abilities | None = None
         self._conditions_kept = False
@@ -244,38 +245,30 @@ class S3Store:
             return self._made
 
     def _connect(self, *, attempts: int, connect_timeout: float, read_timeout: float) -> S3Client:
-        import boto3
         from botocore.config import Config
 
         options = self._options
         path_style = bool(options.endpoint_url) if options.path_style is None else options.path_style
-        with self._lock:
-            if (
-                self._session is None
-            ):  # kept: its second client takes half the time, its description being read
-                self._session = boto3.session.Session(
-                    aws_access_key_id=options.access_key_id or None,
-                    aws_secret_access_key=options.secret_access_key or None,
-                    aws_session_token=options.session_token or None,
-                    region_name=options.region or None,
-                )
-            session = self._session
-        return session.client(
-            "s3",
-            endpoint_url=options.endpoint_url or None,
-            region_name=session.region_name or "us-east-1",
-            verify=options.ca_bundle or None,
-            config=Config(
-                connect_timeout=connect_timeout,
-                read_timeout=read_timeout,
-                retries={"mode": "standard", "total_max_attempts": attempts},
-                max_pool_connections=options.connections,
-                s3={"addressing_style": "path" if path_style else "auto"},
-                # Ours are sent as headers; botocore's own would go as trailers, which older servers refuse.
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        with _making:
+            session = _session(
+                options.access_key_id, options.secret_access_key, options.session_token, options.region
+            )
+            return session.client(
+                "s3",
+                endpoint_url=options.endpoint_url or None,
+                region_name=session.region_name or "us-east-1",
+                verify=options.ca_bundle or None,
+                config=Config(
+                    connect_timeout=connect_timeout,
+                    read_timeout=read_timeout,
+                    retries={"mode": "standard", "total_max_attempts": attempts},
+                    max_pool_connections=options.connections,
+                    s3={"addressing_style": "path" if path_style else "auto"},
+                    # Ours are sent as headers; botocore's own would go as trailers, which older servers refuse.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                ),
+            )
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[S3Client]:
@@ -347,22 +340,44 @@ class S3Store:
             return
         name = f"{OWN}probe-{secrets.token_hex(8)}"
         one, many = self._at(name), self._at(f"{name}-race")
-        with self._explained(f"cannot take a lease in {self.location}") as client:
+        modern = self._options.request_checksum == "when_supported"
+        with (
+            self._explained(f"cannot take a lease in {self.location}") as client,
+            ThreadPoolExecutor(_RACERS) as racers,
+        ):
             self._check_bucket(client)
             try:
                 # Twice: an answer that was lost on the way looks like a refusal.
-                kept = any(_keeps_conditions(client, one, many) for _ in range(2))
+                found = _keeps_conditions(client, racers, one, many, crc32=modern) or _keeps_conditions(
+                    client, racers, one, many, crc32=modern
+                )
             finally:
-                for each in (one, many):
-                    with contextlib.suppress(Exception):
-                        client.delete_object(**each)
-        if not kept:
+                removed = racers.map(lambda each: _remove(client, each), (one, many))
+        list(removed)
+        if found is None:
             raise StoreError(
                 f"cannot take a lease in {self.location}: the server does not keep conditions on writes",
                 hint="what deletes (prune) is refused there, as two agents could do it at once; "
                 "use a server with If-None-Match and If-Match on PUT (AWS S3, MinIO, SeaweedFS from 4.48)",
             )
+        self._abilities = self._abilities or found
         self._conditions_kept = True
+
+
+_making = threading.RLock()  # a session makes one client at a time
+
+
+@functools.cache
+def _session(access_key_id: str, secret_access_key: str, session_token: str, region: str) -> Session:
+    """Kept: its second client takes a tenth of the time, S3's description being read."""
+    import boto3
+
+    return boto3.session.Session(
+        aws_access_key_id=access_key_id or None,
+        aws_secret_access_key=secret_access_key or None,
+        aws_session_token=session_token or None,
+        region_name=region or None,
+    )
 
 
 class _Register:
@@ -412,18 +427,27 @@ def _refused(client: S3Client, **put: Any) -> bool:
     return False
 
 
-def _keeps_conditions(client: S3Client, one: dict[str, Any], many: dict[str, Any]) -> bool:
-    """Does a PUT keep its condition, and of eight at once one win? Some servers look, then write."""
-    tag = client.put_object(**one, Body=b"1", **_digest(b"1", crc32=False))["ETag"]
-    if not (
+def _keeps_conditions(
+    client: S3Client, racers: ThreadPoolExecutor, one: dict[str, Any], many: dict[str, Any], *, crc32: bool
+) -> Abilities | None:
+    """What a server does whose PUT keeps its condition, and of eight at once one wins; None for another. Some look,
+    then write. The race is run beside the rest: each answer may be long on its way."""
+    racing = [racers.submit(_refused, client, **many, Body=b"1", IfNoneMatch="*") for _ in range(_RACERS)]
+    first = client.put_object(**one, Body=b"1", **_digest(b"1", crc32))
+    tag = first["ETag"]  # a web server that is no S3 gives none
+    kept = (
         _refused(client, **one, Body=b"2", IfNoneMatch="*")
         and _refused(client, **one, Body=b"2", IfMatch='"00000000000000000000000000000000"')
         and not _refused(client, **one, Body=b"3", IfMatch=tag)
-    ):
-        return False
-    with ThreadPoolExecutor(8) as racers:
-        racing = [racers.submit(_refused, client, **many, Body=b"1", IfNoneMatch="*") for _ in range(8)]
-    return sum(race.result() for race in racing) >= 7
+    )
+    won = sum(race.result() for race in racing) >= _RACERS - 1
+    compared = crc32 and first.get("ChecksumCRC32") == _crc32(b"1")
+    return Abilities(create_only=True, crc32=compared) if kept and won else None
+
+
+def _remove(client: S3Client, at: dict[str, Any]) -> None:
+    with contextlib.suppress(Exception):
+        client.delete_object(**at)
 
 
 def _body(data: Bytes) -> Any:
