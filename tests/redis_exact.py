@@ -1,5 +1,5 @@
-"""The exactness rig of Redis: a workload of every type, quiesced instants with their digests, and a server that is fed a
-recorded stream from instant to instant. No pytest in here."""
+"""The exactness rig of Redis: a workload of every type, quiesced instants with their digests, and a server that is
+fed a recorded stream from instant to instant. No pytest in here."""
 
 from __future__ import annotations
 
@@ -49,9 +49,8 @@ def _script(client: Any, key: str, value: int) -> None:
 def _expiry(client: Any, key: str, value: int) -> None:
     client.set(f"e{key}", value, px=1 + value)
     client.pexpire(f"s{key}", 200 + value * 100)
-    client.execute_command(
-        "GETEX", f"e{key}", "PERSIST" if value % 5 == 0 else "PX", *([] if value % 5 == 0 else [value + 1])
-    )
+    left = ("PERSIST",) if value % 5 == 0 else ("PX", value + 1)
+    client.execute_command("GETEX", f"e{key}", *left)
 
 
 def _function(client: Any, key: str, value: int) -> None:
@@ -76,7 +75,7 @@ WRITES = (
     lambda c, k, v: c.setbit(f"b{k}", v, 1),
     lambda c, k, v: c.execute_command("BITFIELD", f"b{k}", "INCRBY", "u8", str(v), "7"),
     lambda c, k, v: c.delete(f"s{k}", f"h{v % 40}"),
-    lambda c, k, v: c.copy(f"h{k}", f"h{v % 40}", replace=True),
+    lambda c, k, v: c.copy(f"h{k}", f"copy{v % 40}", replace=True),
     _stream, _transaction, _script, _expiry, _function,
 )  # fmt: skip
 
@@ -110,12 +109,12 @@ def instant(client: Any) -> Instant:
         together.execute_command("TIME").execute_command("DEBUG", "DIGEST").info("replication")
         (seconds, micros), digest, role = together.execute()
     at = datetime.fromtimestamp(seconds, UTC).replace(microsecond=micros)
-    return Instant(
-        at,
-        role["master_replid"],
-        role["master_repl_offset"],
-        digest if isinstance(digest, str) else digest.decode(),
-    )
+    return Instant(at, role["master_replid"], role["master_repl_offset"], text(digest))
+
+
+def text(answer: Any) -> str:
+    """Of a string, however the client hands it out."""
+    return answer if isinstance(answer, str) else str(answer.decode())
 
 
 @dataclasses.dataclass
@@ -171,7 +170,7 @@ def check_instants(
                 assert time.monotonic() < deadline, f"the server stays at {role}"
                 time.sleep(0.001)
             found = target.execute_command("DEBUG", "DIGEST")
-            compared.append((reference.digest, found if isinstance(found, str) else found.decode()))
+            compared.append((reference.digest, text(found)))
 
     with Master(Feed(lambda: iter([dump]), len(dump), stream, base), password="rig") as master:
         target.config_set("masterauth", "rig")

@@ -328,8 +328,8 @@ class Agent:
         self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False,
         target: Mapping[str, str] | None = None, way: Way | None = None,
     ) -> RestoreReport:  # fmt: skip
-        """Carry out a plan: `sandbox`, `dir:PATH`, `container:NAME` or `in-place`; recorded. `target`: where the log's replay
-        ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
+        """Carry out a plan: `sandbox`, `dir:PATH`, `container:NAME` or `in-place`; recorded. `target`: where the log's
+        replay ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
         kind, _, place = to.partition(":")
         if (kind, bool(place)) not in _PLACES:
             raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH, container:NAME or in-place")
