@@ -14,6 +14,8 @@ from typing import Any
 
 from backupd.drivers.redis_master import Feed, Master
 from backupd.drivers.redis_wire import Connection, RedisAddress
+from backupd.errors import BackupdError
+from backupd.model import LogSpan, RecordingDriver
 
 LIBRARY = "#!lua name={name}\nredis.register_function('{name}', function(keys, args) return {value} end)"
 
@@ -148,6 +150,20 @@ class Tape:
     def end(self, epoch: str) -> int:
         begin, log = self.logs[epoch]
         return begin + len(log)
+
+
+def record(driver: RecordingDriver, tape: Tape, stop: threading.Event) -> None:
+    """As the agent does: what ended badly is begun again where the tape ends."""
+    while not stop.is_set():
+        since = None
+        if tape.epoch:
+            end = tape.end(tape.epoch)
+            since = LogSpan("rig", tape.epoch, end, end, None, 0)
+        try:
+            driver.recorder(interval=0.1).record(since, tape, stop)
+        except BackupdError as error:
+            tape.events.append(error.message)
+            stop.wait(0.2)
 
 
 def check_instants(

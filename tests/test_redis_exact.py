@@ -11,7 +11,7 @@ import captured
 import pytest
 import redis as redis_py
 import services as bed
-from redis_exact import Instant, Tape, check_instants, instant, own_digest, seen_from, work
+from redis_exact import Instant, Tape, check_instants, instant, own_digest, record, seen_from, work
 
 from backupd.drivers.redis import RedisDriver, RedisSettings
 from backupd.drivers.redis_pitr import RedisPitr
@@ -32,7 +32,7 @@ def recorded(services: bed.Services) -> Iterator[tuple[Any, RedisPitr, Tape]]:
     source = services.redis(*DEBUG)
     driver = RedisPitr(RedisDriver(RedisSettings(RedisAddress(source.host, source.port))))
     tape, stop = Tape(), threading.Event()
-    thread = threading.Thread(target=lambda: driver.recorder(interval=0.1).record(None, tape, stop))
+    thread = threading.Thread(target=record, args=(driver, tape, stop))
     thread.start()
     try:
         assert tape.begun.wait(20)
