@@ -190,7 +190,7 @@ def check_instants(
 
     with Master(Feed(lambda: iter([dump]), len(dump), stream, base), password="rig") as master:
         target.config_set("masterauth", "rig")
-        target.execute_command("REPLICAOF", seen_from, master.port)
+        print("FROM", seen_from, master.port, target.execute_command("REPLICAOF", seen_from, master.port))
         with master.led():
             target.execute_command("REPLICAOF", "NO", "ONE")
     return compared

@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import captured
 import pytest
 import redis as redis_py
 import services as bed
+from commands import InsideHome
 from conftest import StartService
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,8 @@ from backupd.drivers.redis_master import Feed, Lost, Master, Progress, take_comm
 from backupd.drivers.redis_wire import RedisAddress
 from backupd.errors import RestoreFailed, UsageError
 from backupd.model import Silence, Way
+from backupd.repository import Repository
+from backupd.stores import LocalStore
 
 NOW = ("--repl-diskless-sync-delay", "0")
 
@@ -300,3 +304,28 @@ def test_addresses_by_option_and_as_the_server_sees_us() -> None:
 def test_the_keeping_script_moves_by_a_distance() -> None:
     """Not by a time: it must do the same when a file is loaded again."""
     assert kept(timedelta(seconds=90), 16).endswith(b"$5\r\n90000\r\n$2\r\n16\r\n$1\r\n0\r\n")
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_in_place_on_the_command_line_and_back_by_the_safety_copy(
+    start_redis: StartService, tmp_path: Path
+) -> None:
+    """What the server held is a point of its own, and the same command brings it back."""
+    server = start_redis(*NOW)
+    home = InsideHome(tmp_path)
+    url = f"redis://{server.host}:{server.port}"
+    home.configure(f'[repository]\nlocation = "repo"\n[sources.cache]\ndriver = "redis"\nurl = "{url}"\n')
+    Repository.create(LocalStore(tmp_path / "repo", create=True), clock=lambda: datetime.now(UTC))
+    one = client(server)
+    one.mset({"a": 1, "b": 2})
+    home.ok("backup", "cache")
+    one.flushall()
+    one.set("precious too", 1)
+    (restored,) = home.ok("restore", "--at", "latest", "cache", "--to", "in-place", "--json").json["restored"]
+    assert sorted(one.keys()) == [b"a", b"b"] and restored["compared"] and not restored["differences"]
+    safety = restored["recovered"]["held_before"]
+    home.ok("restore", "--point", safety, "--to", "in-place")
+    assert one.keys() == [b"precious too"]
+    home.refused("restore", "--at", "latest", "cache", "--expired", "keep", code=2)
