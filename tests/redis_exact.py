@@ -190,7 +190,7 @@ def check_instants(
 
     with Master(Feed(lambda: iter([dump]), len(dump), stream, base), password="rig") as master:
         target.config_set("masterauth", "rig")
-        print("FROM", seen_from, master.port, target.execute_command("REPLICAOF", seen_from, master.port))
+        target.execute_command("REPLICAOF", seen_from, master.port)
         with master.led():
             target.execute_command("REPLICAOF", "NO", "ONE")
     return compared
@@ -199,10 +199,4 @@ def check_instants(
 def seen_from(host: str, port: int) -> str:
     """The address under which a server sees this machine."""
     with Connection(RedisAddress(host, port)) as server:
-        return (
-            server.text("CLIENT", "INFO")
-            .split("addr=")[1]
-            .rpartition(":")[0]
-            .split(" ")[0]
-            .rpartition(":")[0]
-        )
+        return Address.of_client(server.text("CLIENT", "INFO")).reached
