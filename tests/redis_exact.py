@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from backupd.drivers.redis_in_place import Address
 from backupd.drivers.redis_master import Feed, Master
 from backupd.drivers.redis_wire import Connection, RedisAddress
 from backupd.errors import BackupdError
