@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from backupd.drivers.redis import RedisDriver, RedisSettings
 from backupd.drivers.redis_pitr import RedisPitr
 from backupd.drivers.redis_stream import select
 from backupd.drivers.redis_wire import RedisAddress
+from backupd.model import Anchor, LogSpan, Silence, Way
 
 DEBUG = ("--enable-debug-command", "yes", "--repl-diskless-sync-delay", "0", "--save", "")
 
@@ -78,3 +80,30 @@ def test_our_own_digest_tells_values_and_expiry_apart(services: bed.Services) ->
     assert own_digest(one) == before != f"{0:040x}"
     one.pexpire("h", 100_000)
     assert own_digest(one) != before
+
+
+def test_a_running_server_goes_back_to_an_instant_of_its_log(recorded: tuple[Any, RedisPitr, Tape]) -> None:
+    """In place, from the base and what the recorder has behind it; not a write more, not one less."""
+    source, driver, tape = recorded
+    source.set("k", 0)
+    point = captured.take(driver)
+    instants: list[Instant] = []
+    for number in range(5):
+        source.incr("k")
+        source.hset("h", f"f{number}", number)
+        source.set(f"e{number}", 1, ex=1000)
+        instants.append(instant(source))
+        time.sleep(0.02)
+    last = instants[-1]
+    bed.wait_until(lambda: tape.end(last.replid) >= last.offset, timeout=20, what="the recorder")
+    begin, log = tape.logs[last.replid]
+    anchors = tuple(Anchor(one.at, one.offset) for one in instants)
+    span = LogSpan("s", last.replid, begin, begin + len(log), anchors[-1], len(log), anchors)
+    with driver.standing() as standing:
+        done = standing.replace(
+            point, lambda: iter([(span, bytes(log))]), instants[2].at, Way(safety="p"), Silence()
+        )
+    assert source.execute_command("DEBUG", "DIGEST").decode() == instants[2].digest
+    assert source.get("k") == b"3" and source.set("k", 9)
+    assert done.recovered["as_of"] == instants[2].at.isoformat() and done.recovered["expired"] == 0
+    bed.wait_until(lambda: "gap" in tape.events, timeout=20, what="the recorder's gap")
