@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from backupd.chain import need_of
 from backupd.errors import BackupdError, RestoreFailed, UsageError
+from backupd.live import LiveDriver, Way
 from backupd.logs import read_logs
-from backupd.model import Driver, LiveDriver, LogSpan, Way
+from backupd.model import Driver, LogSpan
 from backupd.plan import RestorePlan, landed_early
 from backupd.restore import Restored, RestoreReport, Told, Work, compare, flatten, open_step
 

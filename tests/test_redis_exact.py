@@ -18,7 +18,8 @@ from backupd.drivers.redis import RedisDriver, RedisSettings
 from backupd.drivers.redis_pitr import RedisPitr
 from backupd.drivers.redis_stream import select
 from backupd.drivers.redis_wire import RedisAddress
-from backupd.model import Anchor, LogSpan, Silence, Way
+from backupd.live import Way
+from backupd.model import Anchor, LogSpan, Silence
 
 DEBUG = ("--enable-debug-command", "yes", "--repl-diskless-sync-delay", "0", "--save", "")
 

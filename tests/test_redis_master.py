@@ -27,7 +27,8 @@ from backupd.drivers.redis_in_place import MARK, Address, Left, left, refuse, un
 from backupd.drivers.redis_master import Feed, Lost, Master, Progress, take_command
 from backupd.drivers.redis_wire import RedisAddress
 from backupd.errors import RestoreFailed, UsageError
-from backupd.model import Silence, Way
+from backupd.live import Way
+from backupd.model import Silence
 from backupd.repository import Repository
 from backupd.stores import LocalStore
 

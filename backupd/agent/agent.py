@@ -16,6 +16,7 @@ from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
+from backupd.live import Way
 from backupd.model import (
     Archive,
     Clock,
@@ -26,8 +27,6 @@ from backupd.model import (
     RecoveryPoint,
     Run,
     RunStatus,
-    Silence,
-    Way,
 )
 
 if TYPE_CHECKING:
@@ -357,9 +356,9 @@ class Agent:
 
         work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
         if kind == "in-place":
-            from backupd.in_place import restore_in_place
+            from backupd.agent.keeping import in_place
 
-            return restore_in_place(plan, self.driver, self._keep, work, way)
+            return in_place(plan, self.driver, self._recorder(), work, way)
         if kind == "dir":
             return restore.restore_to_directory(plan, Path(place), work)
         if kind == "container":
@@ -369,16 +368,6 @@ class Agent:
             )
         sandbox = DockerSandbox(self.engine, name)
         return restore.restore_to_sandbox(plan, self.driver_for, sandbox, work, keep=keep)
-
-    def _keep(self, source: str, driver: Driver) -> str:
-        """What a source holds, as a point of its own, however much it shrank; its id."""
-        from backupd.backup import back_up
-
-        run = self._recorder()("backup", source, partial(
-            back_up, source, driver, self.repository(), clock=self.clock, progress=Silence(), stop=self.stop,
-            allow_shrink=True,
-        ))  # fmt: skip
-        return run.point
 
     # --- jobs ----------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
-from backupd.model import Way
+from backupd.live import Way
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 

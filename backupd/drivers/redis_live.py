@@ -13,7 +13,8 @@ from backupd.drivers.redis_in_place import Standing, Wanted
 from backupd.drivers.redis_master import Feed
 from backupd.drivers.redis_wire import Connection, RedisError
 from backupd.errors import RestoreFailed
-from backupd.model import Archive, Facts, Json, LogSpan, Replaced, Way
+from backupd.live import Replaced, Way
+from backupd.model import Archive, Facts, Json, LogSpan
 
 if TYPE_CHECKING:
     from backupd.model import Progress
