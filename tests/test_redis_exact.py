@@ -53,6 +53,7 @@ def test_fifty_instants_have_the_digest_that_the_source_had(
     dice = random.Random(7)
     work(source, dice, 300)
     point = captured.take(driver)
+    about: Any = point.point.attributes
     instants: list[Instant] = []
     for number in range(50):
         work(source, dice, 20)
@@ -63,10 +64,10 @@ def test_fifty_instants_have_the_digest_that_the_source_had(
     bed.wait_until(lambda: tape.end(last.replid) >= last.offset, timeout=20, what="the recorder")
     assert "gap" not in tape.events
     fresh = services.redis(*DEBUG)
-    first = select(int(point.point.attributes["stream_database"]))  # type: ignore[call-overload]
+    first = select(int(about["stream_database"]))
     compared = check_instants(
         client(fresh), seen_from(fresh.host, fresh.port), point.files["dump.rdb"],
-        int(point.point.attributes["start"]), tape, first, instants,  # type: ignore[call-overload]
+        int(about["start"]), tape, first, instants,
     )  # fmt: skip
     assert len(compared) == 50
     assert len({digest for digest, _ in compared}) == 50, "the workload must change something"
