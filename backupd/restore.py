@@ -151,7 +151,7 @@ def _into_sandbox(
 ) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = _open(step, work)
+    archive = open_step(step, work)
     spec = driver.home(step.point)
     progress.stage(f"making a container of {spec.image}")
     with making:
@@ -186,7 +186,7 @@ def restore_to_container(
             f"{container.name} is running; {driver.kind} is restored before the first start",
             hint=f"make a fresh one with `docker create`, or stop it: docker stop {container.name}",
         )
-    archive = _open(step, work)
+    archive = open_step(step, work)
     if spec.load_while == "running" and not container.running:
         container.start()
     restored = _load(step, driver, archive, spec, container, ready, work, progress, begun)
@@ -207,7 +207,7 @@ def _load(
     if spec.load_while == "running":
         start(container, spec, driver, ready, progress, work.check)
     progress.stage("loading")
-    told = _Told(archive, progress, work)
+    told = Told(archive, progress, work)
     if need_of(step.point) is None:
         driver.load(told, container)
     else:
@@ -229,7 +229,7 @@ def _load(
     )  # fmt: skip
 
 
-def _load_to(step: Step, driver: Driver, told: _Told, container: Container, work: Work) -> None:
+def _load_to(step: Step, driver: Driver, told: Told, container: Container, work: Work) -> None:
     """The point, and its log replayed on top."""
     if not isinstance(driver, RecordingDriver):
         raise RestoreFailed(
@@ -274,7 +274,7 @@ def restore_to_directory(plan: RestorePlan, root: Path, work: Work) -> RestoreRe
 def _into_directory(step: Step, into: Path, work: Work) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = _open(step, work)
+    archive = open_step(step, work)
     partial = into.with_name(into.name + ".partial")
     try:
         partial.mkdir()
@@ -284,7 +284,7 @@ def _into_directory(step: Step, into: Path, work: Work) -> Restored:
         ) from None
     try:
         progress.stage("writing files")
-        told = _Told(archive, progress, work)
+        told = Told(archive, progress, work)
         warnings = told.extract(partial)
         if step.logs:
             progress.stage("writing the log")
@@ -357,7 +357,7 @@ def export_to_file(archive: Archive, target: Path, progress: Progress) -> None:
 # --- what they share -----------------------------------------------------------------------------------
 
 
-def _open(step: Step, work: Work) -> Archive:
+def open_step(step: Step, work: Work) -> Archive:
     """A point without a member restores nothing, and to say that it succeeded would be a lie. A log that is damaged
     is told before anything begins."""
     work.check()
@@ -419,7 +419,7 @@ def _raise(failures: Mapping[str, BaseException]) -> None:
         )
 
 
-class _Told:
+class Told:
     """An archive that tells how far it was read, and stops when told to."""
 
     def __init__(self, archive: Archive, progress: Progress, work: Work) -> None:

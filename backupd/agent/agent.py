@@ -16,6 +16,7 @@ from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
+from backupd.live import Way
 from backupd.model import (
     Archive,
     Clock,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 
 FAULT = "run it again with BACKUPD_DEBUG=1 for the details, and report them: it is a fault of backupd"
+
+_PLACES = {("sandbox", False), ("dir", True), ("container", True), ("in-place", False)}
 
 _NAP = 0.2
 """Seconds: the longest that an interrupt goes unheard while sources are backed up."""
@@ -322,17 +325,19 @@ class Agent:
 
     def restore(
         self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False,
-        target: Mapping[str, str] | None = None,
+        target: Mapping[str, str] | None = None, way: Way | None = None,
     ) -> RestoreReport:  # fmt: skip
-        """Carry out a plan: `sandbox`, `dir:PATH` or `container:NAME`; recorded. `target`: where the log's replay
-        ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
+        """Carry out a plan: `sandbox`, `dir:PATH`, `container:NAME` or `in-place`; recorded. `target`: where the log's
+        replay ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
         kind, _, place = to.partition(":")
-        if (kind, bool(place)) not in {("sandbox", False), ("dir", True), ("container", True)}:
-            raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH or container:NAME")
+        if (kind, bool(place)) not in _PLACES:
+            raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH, container:NAME or in-place")
         reports: list[RestoreReport] = []
 
         def work() -> Run:
-            report = self._restore(plan, kind, place, name=name, watch=watch, keep=keep, target=target or {})
+            report = self._restore(
+                plan, kind, place, name=name, watch=watch, keep=keep, target=target or {}, way=way or Way()
+            )
             reports.append(report)
             told = [f"{source}: {len(lines)} facts differ" for source, lines in report.differences.items()]
             status = RunStatus.FAILED if told else RunStatus.OK
@@ -344,12 +349,16 @@ class Agent:
 
     def _restore(
         self, plan: RestorePlan, kind: str, place: str, *, name: str, watch: Callable[[Step], Progress],
-        keep: bool, target: Mapping[str, str],
+        keep: bool, target: Mapping[str, str], way: Way,
     ) -> RestoreReport:  # fmt: skip
         from backupd import restore
         from backupd.sandbox.docker import DockerSandbox
 
         work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
+        if kind == "in-place":
+            from backupd.agent.keeping import in_place
+
+            return in_place(plan, self.driver, self._recorder(), work, way)
         if kind == "dir":
             return restore.restore_to_directory(plan, Path(place), work)
         if kind == "container":

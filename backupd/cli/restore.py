@@ -13,12 +13,15 @@ from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
+from backupd.live import Way
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 
 _RECOVERED = {
     "last_commit": "last commit that is in it:",
     "first_left_out": "first that is not:",
+    "held_before": "what it held before is the recovery point",
+    "expired": "keys whose time to live had passed, which go:",
     "as_of": "exactly as it was at:",
     "more_by": "more had been done by:",
     "holds_until": "all is in it that was done by:",
@@ -138,8 +141,18 @@ def plan_command(
     "--to",
     default="sandbox",
     show_default=True,
-    metavar="sandbox|dir:PATH|container:NAME",
-    help="Fresh containers on a private network; files; or one fresh container.",
+    metavar="sandbox|dir:PATH|container:NAME|in-place",
+    help="Fresh containers on a private network; files; one fresh container; or the running service itself.",
+)
+@click.option(
+    "--listen", default="", metavar="HOST[:PORT]", help="in-place: where the service reaches backupd."
+)
+@click.option(
+    "--expired",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="in-place, Redis: keys whose time to live has passed since T.",
 )
 @click.option("--target-lsn", metavar="LSN", help="Replay the log up to this position instead.")
 @click.option("--target-xid", metavar="XID", help="Replay the log up to this transaction instead.")
@@ -155,11 +168,14 @@ def restore_command(
     to: str,
     name: str | None,
     keep: bool,
+    listen: str,
+    expired: str,
     **targets: str | None,
 ) -> int:
     """Bring sources and stacks back as they were at T; everything that has a recovery point when none is named.
 
-    A restore never deletes and never writes over anything. What it brought back is compared with what was
+    A restore never deletes and never writes over anything, but with --to in-place: then what the running service held
+    is backed up first, as a recovery point of its own. What a restore brought back is compared with what was
     measured at capture; exit code 1 when anything differs, 3 when the target could not take an owner or an
     attribute, with all of it named.
 
@@ -168,13 +184,15 @@ def restore_command(
     """
     target = {name.removeprefix("target_"): value for name, value in targets.items() if value}
     _check_target(target, names)
+    if to != "in-place" and (listen or expired == "keep"):
+        raise UsageError("--listen and --expired are for a restore in place", hint="add --to in-place")
     made = _plan(session, names, at or ("latest" if target and not point else None), max_skew, point)
     if target:
         note(session, f"the log is replayed to {_said(target)}, not to an instant")
     name = name or _sandbox_name(session.agent.clock())
     with watching(session) as watch:
         report = session.agent.restore(
-            made, to, name=name, keep=keep, target=target,
+            made, to, name=name, keep=keep, target=target, way=Way(listen=listen, keep_expired=expired == "keep"),
             watch=lambda step: watch(step.source, step.point.size + sum(s.end - s.start for s in step.logs)),
         )  # fmt: skip
     if session.json:

@@ -47,7 +47,10 @@ from backupd.model import (
 )
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from backupd.config.models import RedisSource
+    from backupd.drivers.redis_live import RedisStanding
     from backupd.sandbox.docker import Engine
 
 MEMBER = "dump.rdb"
@@ -236,11 +239,18 @@ class RedisDriver:
         if not self._settings.facts:
             return {}
         with failing_as(RestoreFailed), reach(container, self.credentials(), timeout=3600) as server:
-            counts = {
-                name.removeprefix("db"): Counts.of_info(line)
-                for name, line in server.info("keyspace").items()
-            }
-            return _facts({name: c.keys - c.expiring for name, c in counts.items()}, _functions(server))
+            return _measured(server)
+
+    @property
+    def alone(self) -> RedisDriver:
+        """Itself: a dump stands alone."""
+        return self
+
+    def standing(self) -> AbstractContextManager[RedisStanding]:
+        """The configured server, its clients' writes held. Raises RestoreFailed."""
+        from backupd.drivers.redis_live import standing
+
+        return standing(self.connect, _measured if self._settings.facts else lambda _server: {})
 
     def credentials(self) -> RedisAddress:
         """User and password alone: they hold for a restored server too."""
@@ -416,6 +426,11 @@ def _databases(server: Connection) -> list[int]:
 def _facts(lasting: Mapping[str, int], functions: int) -> dict[str, Json]:
     counted: dict[str, Json] = {name: n for name, n in sorted(lasting.items()) if n}
     return {"persistent_keys": counted, "functions": functions}
+
+
+def _measured(server: Connection) -> Facts:
+    counts = {name.removeprefix("db"): Counts.of_info(line) for name, line in server.info("keyspace").items()}
+    return _facts({name: c.keys - c.expiring for name, c in counts.items()}, _functions(server))
 
 
 def _functions(server: Connection) -> int:

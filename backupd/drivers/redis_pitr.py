@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
@@ -40,6 +41,11 @@ from backupd.model import (
     Stream,
     Streams,
 )
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from backupd.drivers.redis_live import RedisStanding
 
 OLDEST = 6
 """Before, scripts were sent to replicas as they are, and ran there once more."""
@@ -143,6 +149,15 @@ class RedisPitr:
     def facts(self, container: Container) -> Facts:
         """Counted on the restored server; a base carries none, as its instant is a moment after it."""
         return self._dumps.facts(container)
+
+    @property
+    def alone(self) -> RedisDriver:
+        """Captures dumps without their place in the log."""
+        return self._dumps
+
+    def standing(self) -> AbstractContextManager[RedisStanding]:
+        """The configured server, its clients' writes held. Raises RestoreFailed."""
+        return self._dumps.standing()
 
     # --- check
 
