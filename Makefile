@@ -16,6 +16,7 @@ test: .venv/.installed
 
 bench: .venv/.installed
 	tests/testbed/provision.sh
+	tests/testbed/provision.sh postgres:15
 	$(bin)/python -m benchmarks
 
 lint: .venv/.installed

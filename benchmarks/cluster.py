@@ -119,7 +119,7 @@ def _restore(ours: _Rival, theirs: _Rival, at: datetime, env: dict[str, str], ex
     try:
         ours.measure("restore", argv, env)
         found = docker("ps", "-q", "--filter", f"label=backupd.sandbox={name}").decode().split()
-        asked = ["psql", "-qXAt", "-h", "127.0.0.1", "-U", "postgres", "-c", "SELECT count(*) FROM marks"]
+        asked = ["psql", "-qXAt", "-U", "postgres", "-c", "SELECT count(*) FROM marks"]
         _same(docker("exec", found[0], *asked).decode().strip(), expected, "backupd")
     finally:
         run([*backupd_argv(), "-q", "sandbox", "remove", name], cwd=ours.base, env=env, log=ours.base / "log",
@@ -164,7 +164,7 @@ def _configure(ours: _Rival) -> dict[str, str]:
     (ours.base / "backupd.toml").write_text(
         f'[repository]\nlocation = "{ours.repository}"\n'
         f'[sources.cluster]\ndriver = "postgres"\nurl = "postgresql://postgres@127.0.0.1:{ours.cluster.port}/postgres"\n'
-        f'mode = "pitr"\nlog_interval = "1s"\nschedule = "0 0 1 1 *"\n'
+        f'mode = "pitr"\nlog_interval = "1s"\nmax_rate = "unlimited"\nschedule = "0 0 1 1 *"\n'
     )
     return clean_env(ours.base, BACKUPD_CONFIG=str(ours.base / "backupd.toml"), XDG_STATE_HOME=str(ours.base))
 

@@ -161,6 +161,12 @@ def _recording(work: Path, asked: Asked) -> dict[str, object]:
     )
 
 
+def _stream(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.stream import bench_stream
+
+    return bench_stream(work, requests=asked.size(1_000_000, 2000), rounds=asked.rounds, say=say)
+
+
 def _start(work: Path, asked: Asked) -> dict[str, object]:
     from benchmarks.start import bench_start
 
@@ -180,6 +186,7 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "files": _files,
     "postgres": _postgres,
     "recording": _recording,
+    "stream": _stream,
     "start": _start,
 }
 MANY_FILES = {"trees", "moves", "growth", "store"}

@@ -147,9 +147,9 @@ class _Home:
     def turn(self, clients: int, seconds: int) -> Turn:
         """As without it, recorded meanwhile."""
         with self.serving() as pid:
-            begun, before = time.time(), _processor(pid)
+            begun, before = time.time(), processor_seconds(pid)
             turn = _without(self._name, clients, seconds)
-            taken, spent = time.time() - begun, _processor(pid) - before
+            taken, spent = time.time() - begun, processor_seconds(pid) - before
             time.sleep(2)  # the last anchors become durable
         lags = tuple(self._lags(begun, begun + taken))
         return Turn(turn.per_second, turn.latency, turn.latency_p99, spent / taken, lags)
@@ -166,7 +166,8 @@ class _Home:
         return (lag for _, lag in sorted(found))
 
 
-def _processor(pid: int) -> float:
+def processor_seconds(pid: int) -> float:
+    """What a process has used so far, of all cores."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -99,6 +99,14 @@ def test_pgdata_is_compared_with_pgbackrest_where_there_is_one(disk: Path) -> No
         assert told["pgdata"]["medians"]["backupd"]["40 tx, s"] > 0
 
 
+def test_a_cluster_at_work_is_compared_with_pgbackrest_where_there_is_one(disk: Path) -> None:
+    told = small(disk, "cluster")["cluster"]
+    if "left out" not in told:
+        for tool in ("backupd", "pgbackrest"):
+            assert told["medians"][tool]["restore, s"] > 0
+            assert told["medians"][tool]["second, stored MB"] > 0
+
+
 def test_growth_is_measured_along_both_axes(disk: Path) -> None:
     told = small(disk, "growth")["growth"]
     assert [point["amount"] for point in told["by count"]] == [50, 100, 200]
@@ -117,6 +125,13 @@ def test_recording_is_measured_in_turns_with_and_without(disk: Path) -> None:
     assert told["ratio"]["transactions a second"] > 0
     assert 0 < told["lag"]["median"] <= told["lag"]["p95"] <= told["lag"]["max"]
     assert len(told["all"]["with"]) == len(told["all"]["without"]) == 1
+
+
+def test_a_stream_is_measured_in_turns_with_and_without(disk: Path) -> None:
+    told = small(disk, "stream")["stream"]
+    assert told["all"] > 0
+    assert told["memory"] > 0
+    assert {"SET", "LPUSH"} <= set(told["ratio"])
 
 
 def test_one_file_comes_out_of_a_point_and_a_database_out_of_its_server(disk: Path) -> None:
