@@ -199,8 +199,7 @@ class Recorder(Protocol):
     """The continuous side of a source."""
 
     def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
-        """Pieces, anchors and gaps, from the end of `since` on, until stopped: then a last flush. Raises what
-        went wrong; it is called again after a while."""
+        """Pieces, anchors and gaps, from the end of `since` on, until stopped. Raises what went wrong; begun again."""
 
 
 # --- what a driver captures ----------------------------------------------------------------------------
@@ -437,20 +436,16 @@ class RecordingDriver(Protocol):
         """`interval`: seconds after which what came is stored."""
 
     def load_to(
-        self,
-        archive: Archive,
-        logs: Iterator[tuple[LogSpan, bytes]],
-        at: datetime | None,
-        container: Container,
+        self, archive: Archive, logs: Iterator[tuple[LogSpan, bytes]], at: datetime | None, container: Container,
         **target: str,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As `load`, then replay the logs up to `at` (None: to their end). Pieces in order, each beginning where the
         one before ended, the first at or before the point's `start`. `target` instead of `at`: lsn, xid or name."""
 
     def recovered(self, container: Container) -> Facts:
-        """How that ended, in a restored, running container: `last_commit` is in it, `first_left_out` is not; None
-        where there is none. Where the log has no times of its own: it is exactly `as_of` and more had been done by
-        `more_by`, or all that was done by `holds_until` is in it. Raises RestoreFailed where it has not ended."""
+        """How that ended, in a running container: `last_commit` is in it, `first_left_out` is not, or None. Where a
+        log has no times of its own: it is exactly `as_of` and more had been done by `more_by`, or holds all that was
+        done by `holds_until`. Raises RestoreFailed where it has not ended."""
 
 
 # --- runs ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -89,7 +89,7 @@ def _round(ours: _Rival, theirs: _Rival, *, few: int, first: bool) -> None:
 
         def back_up(step: str, kind: str) -> None:
             full = [*rest, "backup", f"--type={kind}"]
-            work = [
+            work: list[Callable[[], None]] = [
                 lambda: ours.measure(step, [*backupd_argv(), "-q", "backup", "cluster"], env, _WARNED),
                 lambda: theirs.measure(step, cluster.owner(full), their_env),
             ]

@@ -8,7 +8,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -144,6 +144,12 @@ class Tape:
 
     def anchor(self, at: datetime, position: int) -> None:
         pass
+
+    def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
+        raise AssertionError("a Redis recorder does not ask")
+
+    def tail(self, epoch: str, size: int) -> bytes:
+        raise AssertionError("a Redis recorder does not ask")
 
     def gap(self, reason: str) -> None:
         self.events.append("gap")

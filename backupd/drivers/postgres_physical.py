@@ -217,7 +217,8 @@ class PostgresPhysical:
                 instant=datetime.now(UTC),
                 attributes=_attributes(about, system, backup, history, source.image()),
             )
-            if recorded is None or not recorded[1]:
+            capture.attributes["recorded"] = bool(recorded and recorded[1])
+            if not capture.attributes["recorded"]:
                 capture.warnings.append(
                     "nothing records the log of this source now: it cannot be restored until `backupd serve` has"
                 )
