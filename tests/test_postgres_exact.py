@@ -89,6 +89,8 @@ class History:
     bulk: datetime
     """When the large transaction was committed."""
     bulk_begun: datetime
+    vacuumed: datetime
+    """While VACUUM FULL was at work."""
     points: Sequence[RecoveryPoint]
 
     def step(self, at: datetime) -> Step:
@@ -97,8 +99,8 @@ class History:
         return step
 
 
-def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime]:
-    """All of it: the rows that were sent, and when the large transaction began."""
+def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime, datetime]:
+    """All of it: the rows that were sent, when the large transaction began, and when the table was being rewritten."""
     with serving(home) as agent, Writing(service) as writing:
         bed.wait_until(lambda: window_end(home).year > 1, timeout=60, what="a window")
         with connect(service) as large:
@@ -111,9 +113,14 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime]:
             time.sleep(0.5)
             large.commit()
         with serving(home) as second:
-            time.sleep(0.5)
+            bed.wait_until(
+                lambda: bool(one(service, "SELECT bool_or(active) FROM pg_replication_slots")),
+                timeout=30, what="the second agent",
+            )  # fmt: skip
             with connect(service) as connection:
+                asked = datetime.now(UTC)
                 connection.execute("VACUUM FULL t")
+                vacuumed = asked + (datetime.now(UTC) - asked) / 2
             home.ok("backup", "orders")  # the second base, while all of them write
             time.sleep(0.5)
             service.container.kill()
@@ -126,7 +133,7 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime]:
             time.sleep(0.5)  # an anchor behind the last commit
             second.terminate()
             assert second.wait(timeout=30) == 0
-    return writing.rows, begun
+    return writing.rows, begun, vacuumed
 
 
 def promote(service: bed.Service) -> None:
@@ -152,14 +159,14 @@ def history(module_services: bed.Services, tmp_path_factory: pytest.TempPathFact
     home = Home(tmp_path_factory.mktemp("history"))
     home.configure(CONFIG.format(host=service.host, port=port, free=free))
     home.ok("init")
-    rows, begun = live(home, service)
+    rows, begun, vacuumed = live(home, service)
     with connect(service) as connection:
         dated = connection.execute("SELECT n, pg_xact_commit_timestamp(committing) FROM t").fetchall()
         bulk = connection.execute("SELECT DISTINCT pg_xact_commit_timestamp(xmin) FROM bulk").fetchone()
     assert bulk
     repository = Repository.open(LocalStore(home.path / "repo"))
     commits = {n: at.astimezone(UTC) for n, at in dated}
-    return History(repository, rows, commits, bulk[0].astimezone(UTC), begun, repository.points())
+    return History(repository, rows, commits, bulk[0].astimezone(UTC), begun, vacuumed, repository.points())
 
 
 # --- recovering to one instant after another -----------------------------------------------------------------
@@ -168,14 +175,34 @@ SCRIPT = """
 set -eu
 chmod 700 "$PGDATA"  # as the entrypoint does
 export PGHOST=/var/run/postgresql PGUSER=postgres PGDATABASE=app
-for conf in /rig/*; do
-  cp "$conf" "$PGDATA/postgresql.auto.conf"
+begin() {
   pg_ctl start -s -w -l /tmp/log -o '-c fsync=off -c hot_standby=on -c recovery_target_action=pause' ||
     { tail -n 20 /tmp/log; exit 1; }
   until [ "$(psql -AtXc "SELECT CASE WHEN pg_is_in_recovery()
     THEN pg_get_wal_replay_pause_state() ELSE 'promoted' END")" != 'not paused' ]; do sleep 0.02; done
-  psql -AtXc "SELECT 'at ' || count(*) FROM bulk" -c 'SELECT n FROM t'
-  pg_ctl stop -s -w -m immediate
+}
+ask() {
+  psql -AtXq -v ON_ERROR_STOP=1 -c "SET lock_timeout = '1s'" -c "SELECT 'at ' || count(*) FROM bulk" \
+    -c 'SELECT n FROM t' >/tmp/said 2>/tmp/why
+}
+for conf in /rig/*; do
+  cp "$conf" "$PGDATA/postgresql.auto.conf"
+  begin
+  if ! ask; then # a table that was being rewritten then is locked until the recovery ends
+    pg_ctl stop -s -w -m immediate
+    cp -a "$PGDATA" /tmp/kept
+    begin
+    psql -AtXqc 'SELECT pg_wal_replay_resume()' >/dev/null
+    until [ "$(psql -AtXc 'SELECT pg_is_in_recovery()')" = f ]; do sleep 0.02; done
+    ask || { cat /tmp/why; exit 1; }
+    pg_ctl stop -s -w -m immediate
+    find "$PGDATA" -mindepth 1 -delete
+    cp -a /tmp/kept/. "$PGDATA"
+    rm -rf /tmp/kept
+  else
+    pg_ctl stop -s -w -m immediate
+  fi
+  cat /tmp/said
 done
 """
 
@@ -250,7 +277,14 @@ def test_fifty_random_instants_bring_back_what_was_committed_by_then(
     dice = random.Random(50)
     instants = [first + (last - first) * dice.random() for _ in range(INSTANTS)]
     inside = [at for at in history.commits.values() if first <= at <= last]
-    special = [first, max(inside), last, history.bulk, history.bulk - timedelta(milliseconds=100)]
+    special = [
+        first,
+        max(inside),
+        last,
+        history.bulk,
+        history.bulk - timedelta(milliseconds=100),
+        history.vacuumed,
+    ]
     special += dice.sample(inside, 3)
     seen = dict(restored(services, history, [*instants, *special]))
     assert len(seen) == INSTANTS + len(special)
