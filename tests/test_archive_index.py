@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from backupd.archive.index import RUN_SIZE, PageReader, read_pages, runs
 from backupd.archive.pack import SKIPPABLE_HEADER
 from backupd.errors import Damaged
+from backupd.model import Tree
 from backupd.repository import PageRef
 
 
@@ -96,3 +98,30 @@ def test_a_damaged_page_is_told_and_those_beside_it_are_read(engine: Engine) -> 
     assert len(told) == 1
     with pytest.raises(Damaged):
         list(read_pages(engine.repository, source, manifest.pages))
+
+
+def test_a_frame_that_is_asked_for_to_and_fro_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of which every tenth page changed lies in two frames by turns."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    file = tree / "relation"
+    data = bytearray(random.Random(1).randbytes(64 * 16384))
+    file.write_bytes(data)
+    engine = Engine()
+    engine.write(Tree(tree, paged=("*",)))
+    for page in range(0, 64, 10):
+        data[page * 16384] ^= 1
+    file.write_bytes(data)
+    point = engine.write(Tree(tree, paged=("*",)))
+    requests: list[str] = []
+    read = engine.repository.read_pack
+
+    def counted(source: str, name: str, offset: int, length: int) -> bytes:
+        requests.append(name)
+        return read(source, name, offset, length)
+
+    monkeypatch.setattr(engine.repository, "read_pack", counted)
+    assert b"".join(engine.archive(point).read("relation")) == bytes(data)
+    assert len(requests) < 10  # the page, two directories, two or three frames

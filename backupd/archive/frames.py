@@ -19,10 +19,14 @@ Request: TypeAlias = "tuple[T, list[list[Any]] | None]"
 """Something the caller knows its content by, and where it lies: [pack, first blob, blobs], or None for none."""
 Blob: TypeAlias = "tuple[int, int, bytes]"
 """Offset in its frame, length, digest."""
-_Item: TypeAlias = "tuple[T, str, Future[bytes] | None, list[Blob]]"
+_Item: TypeAlias = "tuple[T, str, Future[bytes] | None, list[Blob], bool]"
+"""Request, pack, its frame, blobs in it, and whether it is the first of those that wait to use that reading of it."""
 
 READERS = 4
 _AHEAD = 6  # frames of 2 MiB that are decoded before they are asked for
+_KEPT = 8
+"""Frames that are kept while others are read: a file of which some pages changed goes to and fro between the frames
+that it came with and those of later points."""
 _WAITING = 4096  # members without content must not pile up either
 _DIRECTORIES = 64  # of some 10 to 150 KB each
 
@@ -119,34 +123,39 @@ class FrameReader:
         """The content of each request in order, blob by blob; (request, None) first, for every request."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="frame") as readers:
             waiting: deque[_Item[T]] = deque()
-            asked: tuple[str, int] | None = None
-            future: Future[bytes] | None = None
-            handed: Future[bytes] | None = None
+            kept: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
             ahead = 0
 
             def hand_out() -> Iterator[tuple[T, memoryview | None]]:
-                nonlocal ahead, handed
-                tag, pack, item, blobs = waiting.popleft()
+                nonlocal ahead
+                tag, pack, item, blobs, first = waiting.popleft()
                 if item is None:
                     yield tag, None
                     return
-                if item is not handed:
-                    handed = item
-                    ahead -= 1
+                ahead -= first
                 data = item.result()
                 for blob in blobs:
                     yield tag, self.check(data, blob, pack)
 
+            def asked(pack: str, number: int) -> tuple[Future[bytes], bool]:
+                nonlocal ahead
+                found = kept.get((pack, number))
+                if found is not None:
+                    kept.move_to_end((pack, number))
+                    return found, False
+                found = kept[pack, number] = readers.submit(self.frame, pack, number)
+                ahead += 1
+                while len(kept) > _KEPT:
+                    kept.popitem(last=False)
+                return found, True
+
             for tag, pieces in requests:
-                waiting.append((tag, "", None, []))
-                for pack, first, count in pieces or ():
-                    for number, blobs in self.locate(pack, first, count):
-                        if asked != (pack, number):
-                            asked = (pack, number)
-                            future = readers.submit(self.frame, pack, number)
-                            ahead += 1
-                        waiting.append((tag, pack, future, blobs))
-                        while ahead > _AHEAD:
+                waiting.append((tag, "", None, [], False))
+                for pack, start, count in pieces or ():
+                    for number, blobs in self.locate(pack, start, count):
+                        frame, first = asked(pack, number)
+                        waiting.append((tag, pack, frame, blobs, first))
+                        while ahead > _AHEAD or len(waiting) > _WAITING:
                             yield from hand_out()
                 while len(waiting) > _WAITING:
                     yield from hand_out()
