@@ -6,20 +6,22 @@ pgBackRest archives every segment; backupd records the log through `serve`. Both
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
 from backupd.codec import DEFAULT_LEVEL
-from benchmarks.containers import docker, wait_for
+from benchmarks.agent import Agent
+from benchmarks.containers import docker
+from benchmarks.corpus import tree_size
 from benchmarks.goals import Goal, Verdict
 from benchmarks.measure import Taken, ToolFailed, run
-from benchmarks.pgdata import Cluster, as_owner, free_port
+from benchmarks.objectstore import free_ports
+from benchmarks.pgdata import Cluster, as_owner
 from benchmarks.report import layout, tell_verdicts
 from benchmarks.scenario import Say
 from benchmarks.tools import backupd_argv, clean_env
@@ -27,6 +29,12 @@ from benchmarks.tools import backupd_argv, clean_env
 _CLIENTS = 4
 _MARKS = "CREATE TABLE marks (at timestamptz NOT NULL DEFAULT clock_timestamp())"
 _STEPS = ("full", "second", "restore")
+_SETTINGS = """
+driver = "postgres"
+url = "postgresql://postgres@127.0.0.1:{port}/postgres"
+log_interval = "1s"
+max_rate = "unlimited"
+"""
 _WARNED = 3  # the first base comes before anything records its log
 
 
@@ -44,9 +52,9 @@ class _Rival:
         return self.base / "repository"
 
     def measure(self, step: str, argv: list[str], env: dict[str, str], *allowed: int) -> None:
-        before = _stored(self.repository)
+        before = tree_size(self.repository)
         self.taken[step] = run(argv, cwd=self.base, env=env, log=self.base / "log", allowed=(0, *allowed))
-        self.sizes[step] = _stored(self.repository) - before
+        self.sizes[step] = tree_size(self.repository) - before
 
 
 def bench_cluster(
@@ -54,7 +62,7 @@ def bench_cluster(
 ) -> dict[str, object]:
     """Medians by tool and step."""
     work.mkdir(parents=True)
-    cluster = Cluster(server, work / "server", free_port())
+    cluster = Cluster(server, work / "server", free_ports(1)[0])
     say(f"pgbench of scale {scale}")
     cluster.create()
     with cluster.running():
@@ -80,8 +88,8 @@ def _round(ours: _Rival, theirs: _Rival, *, few: int, first: bool) -> None:
     archive = " ".join([*rest, "archive-push", "%p"])
     with ExitStack() as stack:
         stack.enter_context(cluster.listening("-c archive_mode=on", f"-c archive_command='{archive}'"))
-        env = _configure(ours)
-        run([*backupd_argv(), "-q", "init"], cwd=ours.base, env=env, log=ours.base / "log")
+        agent = Agent(ours.base, "cluster", _SETTINGS.format(port=cluster.port))
+        env = agent.env
         theirs.repository.mkdir()
         as_owner(theirs.repository)
         their_env = clean_env(theirs.base)
@@ -98,7 +106,7 @@ def _round(ours: _Rival, theirs: _Rival, *, few: int, first: bool) -> None:
                 one()
 
         back_up("full", "full")
-        stack.enter_context(_serving(ours, env))
+        stack.enter_context(agent.serving())  # it makes a base of its own when its recording begins
         cluster.pgbench("-n", "-c", str(_CLIENTS), "-j", "2", "-t", str(few))
         back_up("second", "incr")
         cluster.pgbench("-n", "-c", str(_CLIENTS), "-j", "2", "-t", str(few))
@@ -124,7 +132,9 @@ def _restore(ours: _Rival, theirs: _Rival, at: datetime, env: dict[str, str], ex
     finally:
         run([*backupd_argv(), "-q", "sandbox", "remove", name], cwd=ours.base, env=env, log=ours.base / "log",
             allowed=(0, 1, 2))  # fmt: skip
-    restored = Cluster(theirs.cluster.server, theirs.base / "restored", free_port())
+    restored = Cluster(
+        theirs.cluster.server, theirs.base / "pg", free_ports(1)[0]
+    )  # a socket has 107 bytes for its path
     restored.place.mkdir()
     as_owner(restored.place)
     rest = _pgbackrest(theirs.base, restored)
@@ -158,40 +168,6 @@ def _pgbackrest(base: Path, cluster: Cluster) -> list[str]:
         f"[main]\npg1-path={cluster.data}\npg1-socket-path={cluster.place}\npg1-port={cluster.port}\n"
     )
     return ["pgbackrest", f"--config={settings}", "--stanza=main"]
-
-
-def _configure(ours: _Rival) -> dict[str, str]:
-    (ours.base / "backupd.toml").write_text(
-        f'[repository]\nlocation = "{ours.repository}"\n'
-        f'[sources.cluster]\ndriver = "postgres"\nurl = "postgresql://postgres@127.0.0.1:{ours.cluster.port}/postgres"\n'
-        f'mode = "pitr"\nlog_interval = "1s"\nmax_rate = "unlimited"\nschedule = "0 0 1 1 *"\n'
-    )
-    return clean_env(ours.base, BACKUPD_CONFIG=str(ours.base / "backupd.toml"), XDG_STATE_HOME=str(ours.base))
-
-
-@contextmanager
-def _serving(ours: _Rival, env: dict[str, str]) -> Iterator[None]:
-    """`backupd serve` records the log meanwhile."""
-    with (ours.base / "serve.log").open("wb") as out:
-        process = subprocess.Popen(
-            [*backupd_argv(), "serve"],
-            cwd=ours.base,
-            env=env,
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-        )
-        try:
-            # It makes a base of its own when its recording begins.
-            wait_for(lambda: "backup cluster ok" in (ours.base / "serve.log").read_text(), "the recorder")
-            yield
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _stored(repository: Path) -> int:
-    return sum(path.stat().st_size for path in repository.rglob("*") if path.is_file())
 
 
 def _tell(taken: dict[str, list[_Rival]], what: str) -> dict[str, object]:

@@ -64,7 +64,7 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
     data = folder / "data"
     data.mkdir(parents=True)
     store = ObjectStore("", "bench" + secrets.token_hex(8), secrets.token_hex(20))
-    ports = _free_ports(8)
+    ports = free_ports(8)
     (folder / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
     argv = [
         weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
@@ -130,7 +130,7 @@ def _works(store: ObjectStore) -> bool:
     return True
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Below those that the kernel hands out, which a connection could take before their use."""
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     chosen: list[int] = []

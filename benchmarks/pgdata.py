@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,7 +159,7 @@ class Cluster:
     def recovered(self, restore: list[str]) -> list[str]:
         """A command that restores, starts the server and ends when it is promoted."""
         start = shlex.join(self._program(self._start("-c listen_addresses=", "-c archive_mode=off")))
-        ask = shlex.join(self._program([*self._psql("SELECT pg_is_in_recovery()")]))
+        ask = shlex.join(self._program(self._psql("SELECT pg_is_in_recovery()")))
         script = f'{shlex.join(restore)} && {start} && until [ "$({ask})" = f ]; do sleep 0.05; done'
         return self.owner(["sh", "-c", script])
 
@@ -203,9 +202,3 @@ class Cluster:
         if done.returncode:
             raise ToolFailed(f"{' '.join(argv)}: {said[-2000:]}")
         return said
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,42 +3,26 @@ the agent, in turns."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from backupd.logs.read import read_header
 from backupd.repository import Repository, log_key
 from backupd.stores import LocalStore
-from benchmarks.containers import docker, postgres, sql, wait_for
+from benchmarks.agent import Agent, processor_seconds
+from benchmarks.containers import docker, postgres, sql
 from benchmarks.measure import ToolFailed
 from benchmarks.report import layout
-from benchmarks.tools import backupd_argv, clean_env
 
 _COMPACTED = 17  # minute of the hour at which serve puts the log together: its small objects are gone then
-_LISTEN = "127.0.0.1:18722"
 _LET_IN = "echo 'host replication all all trust' >> $PGDATA/pg_hba.conf"
-
-CONFIG = """
-[repository]
-location = "{repository}"
-[sources.orders]
-driver = "postgres"
-container = "{name}"
-mode = "pitr"
-[serve]
-listen = "{listen}"
-prune_schedule = "never"
-verify_schedule = "never"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,41 +92,19 @@ def _keep_clear(seconds: int) -> None:
 
 
 class _Home:
-    """An agent's directory, and the agent while it serves."""
+    """An agent, and the server that it records."""
 
     def __init__(self, work: Path, name: str) -> None:
-        self._work, self._name = work, name
-        config = work / "backupd.toml"
-        config.write_text(CONFIG.format(repository=work / "repository", name=name, listen=_LISTEN))
-        self._env = clean_env(work, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(work))
-        subprocess.run([*backupd_argv(), "-q", "init"], cwd=work, env=self._env, check=True)
+        self._name = name
+        self._agent = Agent(work, "orders", f'driver = "postgres"\ncontainer = "{name}"')
 
-    @contextmanager
-    def serving(self) -> Iterator[int]:
-        """Its process; it records, and has a base and all of the log there was."""
-        with (self._work / "serve.log").open("ab") as log:
-            agent = subprocess.Popen(
-                [*backupd_argv(), "serve"], cwd=self._work, env=self._env, stdout=log, stderr=log
-            )
-        try:
-            wait_for(lambda: self._caught_up(agent), "the agent", timeout=600)
-            yield agent.pid
-        finally:
-            agent.terminate()
-            agent.wait()
+    def serving(self) -> AbstractContextManager[int]:
+        """Its process; it has all of the log there was."""
+        return self._agent.serving(self._caught_up)
 
-    def _caught_up(self, agent: subprocess.Popen[bytes]) -> bool:
-        if agent.poll() is not None:
-            raise ToolFailed((self._work / "serve.log").read_text()[-2000:])
-        try:
-            with urllib.request.urlopen(f"http://{_LISTEN}/status", timeout=5) as answer:
-                told = json.load(answer)
-        except OSError:
-            return False
+    def _caught_up(self, recorder: Mapping[str, Any]) -> bool:
         sql(self._name, "SELECT pg_current_xact_id();")  # so that there is something to be stored
-        recorder, jobs = told["recorders"]["orders"], told["jobs"]
-        made = any(job["job"] == "backup" and job["last_ok"] and not job["doing"] for job in jobs)
-        return made and recorder["state"] == "recording" and (recorder["rpo_seconds"] or 99) < 2
+        return (recorder["rpo_seconds"] or 99) < 2
 
     def turn(self, clients: int, seconds: int) -> Turn:
         """As without it, recorded meanwhile."""
@@ -156,20 +118,14 @@ class _Home:
 
     def _lags(self, begun: float, ended: float) -> Iterator[float]:
         """An object is durable the moment its file has its name; its own time is that of its last byte."""
-        repository = Repository.open(LocalStore(self._work / "repository"))
+        repository = Repository.open(LocalStore(self._agent.repository))
         found: list[tuple[float, float]] = []
         for span in repository.logs("orders")[0]:
-            stored = (self._work / "repository" / log_key(span)).stat().st_mtime
+            stored = (self._agent.repository / log_key(span)).stat().st_mtime
             if stored >= begun:
                 anchors = (anchor.at.timestamp() for anchor in read_header(repository, span).anchors)
                 found += [(at, stored - at) for at in anchors if begun <= at <= ended]
         return (lag for _, lag in sorted(found))
-
-
-def processor_seconds(pid: int) -> float:
-    """What a process has used so far, of all cores."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- telling -----------------------------------------------------------------------------------------------------

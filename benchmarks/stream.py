@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
-import subprocess
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean, median
 
-from benchmarks.containers import docker, redis, wait_for
-from benchmarks.measure import ToolFailed
-from benchmarks.recording import processor_seconds
+from benchmarks.agent import Agent, processor_seconds
+from benchmarks.containers import docker, redis
 from benchmarks.report import layout
-from benchmarks.tools import backupd_argv, clean_env
 
-_LISTEN = "127.0.0.1:18723"
 _COMMANDS = "set,incr,lpush,sadd,hset,zadd"
 GOAL = 0.95
-
-CONFIG = """
-[repository]
-location = "{repository}"
-[sources.sessions]
-driver = "redis"
-container = "{name}"
-mode = "pitr"
-[serve]
-listen = "{listen}"
-prune_schedule = "never"
-verify_schedule = "never"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,43 +54,14 @@ def _run(name: str, requests: int) -> _Turn:
 
 
 def _recorded(home: Path, name: str, requests: int) -> _Turn:
-    with _serving(home, name) as pid:
+    home.mkdir()
+    with Agent(home, "sessions", f'driver = "redis"\ncontainer = "{name}"').serving() as pid:
         begun, before = time.monotonic(), processor_seconds(pid)
         turn = _run(name, requests)
         spent = (processor_seconds(pid) - before) / (time.monotonic() - begun)
         status = Path(f"/proc/{pid}/status").read_text()
         memory = int(status.partition("VmHWM:")[2].split(None, 1)[0]) * 1024
     return _Turn(turn.per_second, spent, memory)
-
-
-@contextmanager
-def _serving(home: Path, name: str) -> Iterator[int]:
-    """An agent that records, and has made its base."""
-    home.mkdir()
-    config = home / "backupd.toml"
-    config.write_text(CONFIG.format(repository=home / "repository", name=name, listen=_LISTEN))
-    env = clean_env(home, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(home))
-    subprocess.run([*backupd_argv(), "-q", "init"], cwd=home, env=env, check=True)
-    with (home / "serve.log").open("wb") as log:
-        agent = subprocess.Popen([*backupd_argv(), "serve"], cwd=home, env=env, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: _recording(agent, home / "serve.log"), "the agent")
-        yield agent.pid
-    finally:
-        agent.terminate()
-        agent.wait()
-
-
-def _recording(agent: subprocess.Popen[bytes], log: Path) -> bool:
-    if agent.poll() is not None:
-        raise ToolFailed(log.read_text()[-2000:])
-    try:
-        with urllib.request.urlopen(f"http://{_LISTEN}/status", timeout=5) as answer:
-            told = json.load(answer)
-    except OSError:
-        return False
-    made = any(job["job"] == "backup" and job["last_ok"] and not job["doing"] for job in told["jobs"])
-    return made and told["recorders"]["sessions"]["state"] == "recording"
 
 
 def _tell(turns: dict[str, list[_Turn]], requests: int) -> dict[str, object]:

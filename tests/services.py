@@ -242,6 +242,20 @@ class Services:
         exercised[part] = f"{version} {self._made_by(image)}"
         return service
 
+    def redis_over_tls(self, certificates: Path, *options: str) -> tuple[Service, Path]:
+        """A Redis that answers over TLS only, and the certificate that vouches for it; both in `certificates`."""
+        key, certificate = certificates / "key.pem", certificates / "cert.pem"
+        subject = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
+        made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+        subprocess.run(["openssl", "req", *made, *subject, "-days", "1"], check=True, capture_output=True)
+        key.chmod(0o644)
+        certificates.chmod(0o755)
+        tls = ["--port", "0", "--tls-port", "6379", "--tls-auth-clients", "no"]
+        tls += ["--tls-cert-file", "/tls/cert.pem", "--tls-key-file", "/tls/key.pem"]
+        volumes = {str(certificates): "/tls"}
+        command = ["redis-server", *tls, *options]
+        return self.container(REDIS_IMAGE, command, port=6379, volumes=volumes), certificate
+
     def redis(
         self,
         *args: str,

@@ -60,9 +60,8 @@ def engine(tmp_path: Path) -> Engine:
     return engine
 
 
-def test_the_pages_of_a_pack_are_read_in_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    [manifest] = engine.repository.manifests(engine.source)
-    assert len(manifest.pages) > 3
+def requests_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The packs that are read from now on, one name a request."""
     requests: list[str] = []
     read = engine.repository.read_pack
 
@@ -71,6 +70,13 @@ def test_the_pages_of_a_pack_are_read_in_one_request(engine: Engine, monkeypatch
         return read(source, name, offset, length)
 
     monkeypatch.setattr(engine.repository, "read_pack", counted)
+    return requests
+
+
+def test_the_pages_of_a_pack_are_read_in_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    [manifest] = engine.repository.manifests(engine.source)
+    assert len(manifest.pages) > 3
+    requests = requests_of(engine, monkeypatch)
     found = list(read_pages(engine.repository, manifest.point.source, manifest.pages))
     assert sum(len(rows) for page in found for _, _, rows in page.dirs) >= 900
     assert len(requests) == 1
@@ -115,13 +121,6 @@ def test_a_frame_that_is_asked_for_to_and_fro_is_read_once(
         data[page * 16384] ^= 1
     file.write_bytes(data)
     point = engine.write(Tree(tree, paged=("*",)))
-    requests: list[str] = []
-    read = engine.repository.read_pack
-
-    def counted(source: str, name: str, offset: int, length: int) -> bytes:
-        requests.append(name)
-        return read(source, name, offset, length)
-
-    monkeypatch.setattr(engine.repository, "read_pack", counted)
+    requests = requests_of(engine, monkeypatch)
     assert b"".join(engine.archive(point).read("relation")) == bytes(data)
     assert len(requests) < 12  # the page, two directories, the frames

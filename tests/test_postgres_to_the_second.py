@@ -49,10 +49,18 @@ def serving(home: Home) -> Iterator[subprocess.Popen[bytes]]:
         agent.wait()
 
 
-def window_end(home: Home) -> datetime:
+def bars(home: Home, source: str) -> list[dict[str, str]]:
+    """The stretches to any instant of which the source can be restored now."""
+    found: list[dict[str, str]] = (
+        json.loads(home.ok("window", source, "--json").out).get(source, {}).get("continuous", [])
+    )
+    return found
+
+
+def window_end(home: Home, source: str = "orders") -> datetime:
     """The newest instant that could be restored now."""
-    bars = json.loads(home.ok("window", "orders", "--json").out).get("orders", {}).get("continuous", [])
-    return datetime.fromisoformat(bars[-1]["last"]) if bars else datetime.min.replace(tzinfo=UTC)
+    found = bars(home, source)
+    return datetime.fromisoformat(found[-1]["last"]) if found else datetime.min.replace(tzinfo=UTC)
 
 
 def wait_for(home: Home, instant: datetime) -> None:

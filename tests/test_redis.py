@@ -7,7 +7,6 @@ import dataclasses
 import io
 import secrets
 import socket
-import subprocess
 import tarfile
 import threading
 import time
@@ -394,16 +393,7 @@ def test_facts_can_be_left_out(start_redis: StartService) -> None:
 
 def test_over_tls(services: bed.Services, tmp_path: Path) -> None:
     """`rediss://`: the server's certificate is checked, against the authority that is given."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subject = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", "req", *made, *subject, "-days", "1"], check=True, capture_output=True)
-    key.chmod(0o644)
-    tmp_path.chmod(0o755)
-    tls = ["--port", "0", "--tls-port", "6379", "--tls-auth-clients", "no", "--repl-diskless-sync-delay", "0"]
-    tls += ["--tls-cert-file", "/tls/cert.pem", "--tls-key-file", "/tls/key.pem"]
-    command = ["redis-server", *tls]
-    source = services.container(bed.REDIS_IMAGE, command, port=6379, volumes={str(tmp_path): "/tls"})
+    source, certificate = services.redis_over_tls(tmp_path)
     url = f"rediss://{source.host}:{source.port}"
     mine = RedisDriver(RedisSettings(RedisAddress.of_url(f"{url}?ssl_ca_certs={certificate}")))
     bed.wait_until(lambda: not mine.check(), timeout=20, what="Redis over TLS")

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import random
 import secrets
-import subprocess
 import tarfile
 import threading
 import time
@@ -480,16 +479,8 @@ def test_the_documented_rights_are_enough_and_each_is_needed(services: bed.Servi
 
 def test_over_tls(services: bed.Services, tmp_path: Path) -> None:
     """`rediss://`: base and log."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subject = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made = ["-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", "req", *made, *subject, "-days", "1"], check=True, capture_output=True)
-    key.chmod(0o644)
-    tmp_path.chmod(0o755)
-    tls = ["--port", "0", "--tls-port", "6379", "--tls-auth-clients", "no", "--repl-diskless-sync-delay", "0"]
-    tls += ["--tls-cert-file", "/tls/cert.pem", "--tls-key-file", "/tls/key.pem", "--requirepass", "secret"]
-    source = services.container(
-        bed.REDIS_IMAGE, ["redis-server", *tls], port=6379, volumes={str(tmp_path): "/tls"}
+    source, certificate = services.redis_over_tls(
+        tmp_path, "--repl-diskless-sync-delay", "0", "--requirepass", "secret"
     )
     url = f"rediss://:secret@{source.host}:{source.port}?ssl_ca_certs={certificate}"
     at = RedisAddress.of_url(url)

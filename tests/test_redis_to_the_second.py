@@ -3,7 +3,6 @@ back exactly as it was."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import redis as redis_py
 import services as bed
 from commands import Home
-from test_postgres_to_the_second import serving
+from test_postgres_to_the_second import bars, serving, window_end
 
 from backupd.sandbox.docker import Engine
 
@@ -43,19 +42,6 @@ redis.call('SET', 'fleeting:' .. now[2], 'v', 'PX', 400)
 
 def client(host: str, port: int) -> Any:
     return redis_py.Redis(host, port, decode_responses=True, socket_timeout=20)
-
-
-def bars(home: Home) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = (
-        json.loads(home.ok("window", "cart", "--json").out).get("cart", {}).get("continuous", [])
-    )
-    return found
-
-
-def window_end(home: Home) -> datetime:
-    """The newest instant that could be restored now."""
-    found = bars(home)
-    return datetime.fromisoformat(found[-1]["last"]) if found else datetime.min.replace(tzinfo=UTC)
 
 
 def stamps_of(host: str, port: int) -> list[datetime]:
@@ -113,7 +99,7 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
 
     writer = threading.Thread(target=write)
     with serving(home):
-        bed.wait_until(lambda: bool(bars(home)), timeout=60, what="a window")
+        bed.wait_until(lambda: bool(bars(home, "cart")), timeout=60, what="a window")
         writer.start()
         time.sleep(1.5)
         first = datetime.now(UTC)
@@ -128,10 +114,10 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
         stop.set()
         writer.join()
         wanted = third + timedelta(seconds=0.5)
-        bed.wait_until(lambda: window_end(home) >= wanted, timeout=60, what=f"the log up to {wanted}")
+        bed.wait_until(lambda: window_end(home, "cart") >= wanted, timeout=60, what=f"the log up to {wanted}")
         agent.terminate()
         assert agent.wait(timeout=60) == 0
-    assert len(bars(home)) == 1, "the kill tore the window"
+    assert len(bars(home, "cart")) == 1, "the kill tore the window"
     written = stamps_of(server.host, server.port)
     for at in (first, second, third):
         back, said = restored_to(home, at.isoformat())

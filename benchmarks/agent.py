@@ -1,0 +1,80 @@
+"""An agent that records a source while something is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.containers import wait_for
+from benchmarks.measure import ToolFailed
+from benchmarks.tools import backupd_argv, clean_env
+
+_LISTEN = "127.0.0.1:18722"
+_CONFIG = """
+[repository]
+location = "{repository}"
+[serve]
+listen = "{listen}"
+prune_schedule = "never"
+verify_schedule = "never"
+[sources.{source}]
+mode = "pitr"
+{settings}
+"""
+
+
+class Agent:
+    """One in a directory of its own, with a new repository."""
+
+    def __init__(self, home: Path, source: str, settings: str) -> None:
+        """`settings`: of the source, lines of TOML."""
+        self.repository = home / "repository"
+        self._home, self._source = home, source
+        config = home / "backupd.toml"
+        config.write_text(
+            _CONFIG.format(repository=self.repository, listen=_LISTEN, source=source, settings=settings)
+        )
+        self.env = clean_env(home, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(home))
+        subprocess.run([*backupd_argv(), "-q", "init"], cwd=home, env=self.env, check=True)
+
+    @contextmanager
+    def serving(self, ready: Callable[[Mapping[str, Any]], bool] = lambda _recorder: True) -> Iterator[int]:
+        """Its process; it records and has made its base. `ready` is asked about the recorder's state besides."""
+        log = self._home / "serve.log"
+        with log.open("ab") as out:
+            agent = subprocess.Popen(
+                [*backupd_argv(), "serve"], cwd=self._home, env=self.env, stdout=out, stderr=out,
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        try:
+            wait_for(lambda: self._records(agent, log, ready), "the agent", timeout=600)
+            yield agent.pid
+        finally:
+            agent.terminate()
+            agent.wait()
+
+    def _records(
+        self, agent: subprocess.Popen[bytes], log: Path, ready: Callable[[Mapping[str, Any]], bool]
+    ) -> bool:
+        if agent.poll() is not None:
+            raise ToolFailed(log.read_text()[-2000:])
+        try:
+            with urllib.request.urlopen(f"http://{_LISTEN}/status", timeout=5) as answer:
+                told = json.load(answer)
+        except OSError:
+            return False
+        recorder = told["recorders"][self._source]
+        made = any(job["job"] == "backup" and job["last_ok"] and not job["doing"] for job in told["jobs"])
+        return ready(recorder) and made and recorder["state"] == "recording"
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used so far, of all cores."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
