@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
+from backupd.drivers.redis_fit import format_of, modules
 from backupd.drivers.redis_home import DATA, bring_back, reach
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import BackupdError, CaptureFailed, ContainerError, RestoreFailed
@@ -232,7 +233,8 @@ class RedisDriver:
                 "this recovery point holds no dump.rdb", hint="is it one of a redis source? see backupd list"
             )
         with failing_as(RestoreFailed):
-            bring_back(container, self.credentials(), size, archive.read(MEMBER))
+            about = archive.point.attributes
+            bring_back(container, self.credentials(), about, size, archive.read(MEMBER))
 
     def facts(self, container: Container) -> Facts:
         """What the server in a restored container holds, once it has loaded. Raises RestoreFailed."""
@@ -453,7 +455,7 @@ def _note(capture: Capture, summary: RdbSummary, before: datetime, expected: Seq
         capture.instant = max(before, created)
     if not summary.checksum:
         capture.warnings.append("the dump has no checksum (rdbchecksum no): damage in it would go unseen")
-    capture.attributes["rdb_version"] = summary.version
+    capture.attributes |= format_of(summary)
     if expected is not None and (summary.complete or summary.databases.keys() >= set(expected)):
         lasting = {str(n): d.keys - d.expiring for n, d in summary.databases.items()}
         capture.facts.update(_facts(lasting, summary.functions))
@@ -468,6 +470,7 @@ def describe(server: Connection, container: Container | None) -> dict[str, Json]
     settings = server.config("dir", "dbfilename", "databases")
     memory = server.info("memory")
     databases = settings.get("databases", "")
+    loaded: list[Json] = [*modules(server.text("INFO", "modules"))]
     return {
         "server": about.get("server_name", "redis"),
         "version": about.get("valkey_version") or about.get("redis_version", ""),
@@ -477,6 +480,7 @@ def describe(server: Connection, container: Container | None) -> dict[str, Json]
         "databases": int(databases) if databases.isdigit() else 0,
         "appendonly": server.info("persistence").get("aof_enabled") == "1",
         "maxmemory": int(memory.get("maxmemory", "0")),
+        **({"modules": loaded} if loaded else {}),
     }
 
 

@@ -147,8 +147,9 @@ class LogWriter:
                     return
                 self._set_back(at, self._newest.at)
             self._newest = Anchor(at, position)
-            # Of those that count already only the newest is worth storing.
-            self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
+            # Of those that count already only the newest is worth storing: until when the source stood still.
+            count = sum(a.position <= self._position for a in self._pending)
+            self._pending = [*self._pending[max(0, count - (position > self._position)) :], self._newest]
             if self._now() - self._put_at >= self._idle:
                 self._put_anchor()
 
