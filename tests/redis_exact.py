@@ -163,14 +163,18 @@ def instant(client: Any) -> Instant:
 
 
 def quiesced(client: Any) -> Instant:
+    """Behind `work`: a moment that a recorder notes exactly."""
+    time.sleep(0.05)
+    for database in DATABASES:  # keys that are asked for expire at once, others when the server comes to them
+        client.select(database)
+        client.exists(*(f"e{key}" for key in range(KEYS)))
+    return at_rest(client)
+
+
+def at_rest(client: Any) -> Instant:
     """A moment before which nothing was executed, no expiry either, since a recorder last read the server's clock and
     place."""
     while True:
-        time.sleep(0.05)
-        # Keys that are asked for expire at once, others when the server comes to them.
-        for database in DATABASES:
-            client.select(database)
-            client.exists(*(f"e{key}" for key in range(KEYS)))
         before, read = instant(client), _readings(client)
         _wait(lambda: _readings(client) > read)  # noqa: B023
         now = instant(client)

@@ -330,6 +330,20 @@ def test_an_idle_source_gets_an_anchor_a_minute_and_one_at_the_end(engine: Engin
     assert len(keys(engine)) == 4
 
 
+def test_until_when_a_source_stood_still_is_stored_with_what_it_did_next(engine: Engine) -> None:
+    """Else an instant of its rest would land at the rest's beginning, and what came after it would seem unknown."""
+    sink = LogWriter(engine.repository, "db")
+    sink.begin(EPOCH, 0)
+    sink.piece(0, 100, content(0, 100))
+    for second in range(30):
+        sink.anchor(at(second), 100)
+    sink.anchor(at(30), 150)
+    sink.anchor(at(31), 200)
+    sink.piece(100, 200, content(100, 200))
+    *_, last = read_logs(engine.repository, engine.repository.logs("db")[0])
+    assert last[0].anchors == (Anchor(at(29), 100), Anchor(at(30), 150), Anchor(at(31), 200))
+
+
 def test_a_source_that_never_wrote_anything_has_anchors_too(engine: Engine) -> None:
     sink = LogWriter(engine.repository, "db")
     sink.begin(EPOCH, 100)
