@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recording import Account, AccountDriver
 from test_logs import LossyStore
 
-from backupd.agent import Agent
+from backupd.agent import Agent, build
 from backupd.agent.recording import RecorderState, Recordings, lag_limit
 from backupd.agent.serving import gauges_of, health_of, jobs_of
 from backupd.agent.status import protections
@@ -31,7 +31,7 @@ from backupd.config.load import parse
 from backupd.config.mistakes import ConfigInvalid
 from backupd.logs import read_logs
 from backupd.metrics import exposition
-from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint
+from backupd.model import Capture, Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint
 from backupd.repository import Repository
 from backupd.retained import MUCH, Retained, worry
 from backupd.scheduler import Health
@@ -377,7 +377,6 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
 ) -> None:
     """And a slot that was lost while it was not there leads to a new base at once. A source that is recorded needs no
     schedule."""
-    from backupd.agent import build
     from backupd.agent.serving import serve
     from backupd.plan import LATEST, plan_restore
 
@@ -417,6 +416,47 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
         assert plan.steps[0].logs[-1].end == len(account.log)
         account.move(datetime.now(UTC))
         account.kept = len(account.log)
+
+
+class Torn(AccountDriver):
+    """Its account becomes another while the first base is read."""
+
+    def __init__(self, account: Account, tear: Callable[[int], None]) -> None:
+        super().__init__(account)
+        self.tear = tear
+
+    @contextmanager
+    def capture(self, since: RecoveryPoint | None) -> Iterator[Capture]:
+        with super().capture(since) as capture:
+            if self.account.epoch == "acc-1":
+                self.tear(len(self.account.log))
+            yield capture
+
+
+def test_a_log_that_was_torn_while_a_base_was_made_gets_another_at_once(tmp_path: Path) -> None:
+    """Not within the hour: until then nothing of the new stretch could be restored."""
+    (tmp_path / "backupd.toml").write_text(configured())
+    agent = build(load(tmp_path / "backupd.toml", {"BACKUPD_STATE": str(tmp_path / "state")}))
+    agent.ensure_repository()
+    account, begun = Account(now=datetime.now(UTC)), list[str]()
+    recordings = Recordings(
+        {"db": timedelta(milliseconds=10)}, driver=agent.driver, repository=agent.repository, clock=agent.clock,
+        on_begin=lambda _source, epoch, _position: begun.append(epoch), pause=0.01,
+    )  # fmt: skip
+
+    def tear(end: int) -> None:
+        until(lambda: reached(agent.repository()) == end)
+        account.epochs, account.kept, account.breaks = [("other", end)], end, "the server went away"
+        until(lambda: recordings.states()[0].failures)
+        account.breaks = ""
+        until(lambda: begun[-1] == "other")
+
+    agent._drivers["db"] = Torn(account, tear)
+    (job,) = (job for job in jobs_of(agent, recordings) if job.key == ("backup", "db"))
+    with recordings:
+        job.work(threading.Event(), None)
+    points = agent.repository().points("db")
+    assert [point.attributes["epoch"] for point in points] == ["acc-1", "other"]
 
 
 def reached(repository: Repository) -> int:

@@ -157,6 +157,7 @@ class Recordings:
             raise CaptureFailed("the recorder ended by itself", hint="a fault of the driver: report it")
 
     def _begun(self, source: _Source) -> None:
+        source.stretches += 1
         source.turned(begun=True)
         if source.sink is not None:
             recorded = source.sink.recorded
@@ -169,6 +170,15 @@ class Recordings:
         if found is not None and found.begun.is_set() and found.sink is not None:
             recorded = found.sink.recorded
             self._on_begin(source, recorded.epoch, recorded.position)
+
+    def stretch(self, source: str) -> tuple[int, str, int]:
+        """How many stretches of a source's log have begun; the epoch, empty where nothing is recorded now, and the
+        position of the last one."""
+        found = self._sources.get(source)
+        if found is None or not found.begun.is_set() or found.sink is None:
+            return (found.stretches if found else 0), "", 0
+        recorded = found.sink.recorded
+        return found.stretches, recorded.epoch, recorded.position
 
     @property
     def stopping(self) -> threading.Event:
@@ -184,6 +194,8 @@ class _Source:
         self.name, self.interval = name, interval
         self.sink: LogWriter | None = None
         self.begun = threading.Event()
+        self.stretches = 0
+        """How many have begun."""
         self.thread = threading.Thread(target=self._run, name=f"record {name}", daemon=True)
         self._recordings, self._pause = recordings, pause
         self._started = self._since = now
