@@ -21,6 +21,7 @@ from test_redis_pitr import DIGESTS, Kept, client, driver_of, now_of
 
 from backupd.drivers import redis_expiry
 from backupd.drivers.redis_expiry import command, keeping, refuse_old
+from backupd.drivers.redis_home import refuse_used
 from backupd.drivers.redis_wire import Connection, RedisAddress
 from backupd.errors import RestoreFailed
 from backupd.logs import read_logs
@@ -126,7 +127,7 @@ def test_what_had_expired_is_there_with_the_time_it_had_at_the_instant(
 def test_a_server_that_is_too_old_to_keep_them_is_refused_and_stays_empty(
     recorded: Recorded, services: bed.Services, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here one that would do, held to be old; then it is taken for what it is."""
+    """Here one that would do, held to be old."""
     home = engine.container(services.container(bed.REDIS_IMAGE, port=6379, start=False).name)
     with (
         monkeypatch.context() as patched,
@@ -136,7 +137,7 @@ def test_a_server_that_is_too_old_to_keep_them_is_refused_and_stays_empty(
         recorded.restore(home, log=True)
     assert "leave --expired out" in failure.value.hint
     assert not home.running
-    recorded.restore(home, log=False)
+    refuse_used(home, "/data")
 
 
 @pytest.mark.parametrize("version", ["6.2.14", "4.0.9", ""])

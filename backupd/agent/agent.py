@@ -349,7 +349,8 @@ class Agent:
         from backupd.sandbox.docker import DockerSandbox
 
         work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
-        driver, driver_for = self.driver, self.driver_for
+        driver: Callable[[str], Driver] = self.driver
+        driver_for: Callable[[RecoveryPoint], Driver] = self.driver_for
         if keep_expired:
             refuse_lasting(plan, driver_for)
             driver, driver_for = keeping(driver), keeping(driver_for)
