@@ -135,7 +135,10 @@ def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> 
     behind = next((n for n, span in enumerate(spans) if span.anchor and span.anchor.at > at), len(spans) - 1)
     found: list[LogSpan] = []
     for span in reversed(spans[: behind + 1]):
-        found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        try:
+            found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        except Damaged as error:
+            raise _named(span, error) from None
         if any(anchor.at <= at for anchor in found[0].anchors):
             break
     return found
