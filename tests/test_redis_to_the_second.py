@@ -110,7 +110,8 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
     second = datetime.now(UTC)  # nobody records now: the server's backlog keeps it
     time.sleep(1)
     with serving(home) as agent:
-        time.sleep(2)
+        again = datetime.now(UTC)
+        bed.wait_until(lambda: window_end(home, "cart") > again, timeout=60, what="the second agent")
         third = datetime.now(UTC)
         time.sleep(1)
         stop.set()
