@@ -172,6 +172,10 @@ class LogMark:
 class LogSink(Protocol):
     """Where a recorder puts what it reads."""
 
+    def claim(self, server: str) -> None:
+        """Told before anything else is: which running server is recorded, by a name that no copy of it has, nor itself
+        once it was started anew. Raises Locked while another one is recorded as this source."""
+
     def begin(self, epoch: str, position: int) -> None:
         """What follows belongs to this epoch and begins there. Another epoch that begins where the one before ended,
         without a gap between, continues it. Raises StoreError where more of the epoch is stored already: its log was

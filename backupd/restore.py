@@ -371,7 +371,7 @@ def open_step(step: Step, work: Work) -> Archive:
             f"the recovery point {step.point.id} of {step.source} holds nothing",
             hint=f"choose another: backupd list {step.source}",
         )
-    check_logs(work.repository, step.logs)
+    check_logs(work.repository, step.logs, content=True, stop=work.check)
     return open_archive(work.repository, step.point)
 
 

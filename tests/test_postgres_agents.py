@@ -320,14 +320,18 @@ def test_a_restored_server_that_is_put_in_place_is_a_branch_of_its_own(
         time.sleep(0.05)
         mistaken = now()
         time.sleep(0.5)  # an anchor behind it
+        restored = protected.restore(good, sandbox, "again")
+        assert rows(restored) == [1, 2]
+        host, port = restored.address(5432)
+        again = bed.Service(
+            service.container, restored.name, host, port, user="postgres", password=service.password, db="app"
+        )
+        driver = driver_of(again)
+        with protected.recording(driver) as second:  # while the first one lives
+            until(lambda: second().failures > 1, "its refusal")
+            assert "another server is recorded as orders now" in second().error
+        assert protected.repository.logs("orders")[1] == []
     service.container.stop()
-    restored = protected.restore(good, sandbox, "again")
-    assert rows(restored) == [1, 2]
-    host, port = restored.address(5432)
-    again = bed.Service(
-        service.container, restored.name, host, port, user="postgres", password=service.password, db="app"
-    )
-    driver = driver_of(again)
     with protected.recording(driver) as state:
         until(lambda: state().state == "recording", "the recorder of the second server")
         assert "left timeline 1" in state().error
@@ -434,6 +438,28 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
         protected.base(driver)
         put(service, 2000)
     assert protected.sound()
+    # Once more, where what was recorded ends with a segment: nothing of the next one tells anything yet.
+    service.exec(
+        "sh", "-c", f"psql -U postgres -Atc CHECKPOINT && rm -rf /snapshot && cp -a {data} /snapshot"
+    )
+    with protected.recording(driver) as state:
+        until(lambda: state().state == "recording", "the recorder")
+        put(service, *range(3000, 3100))
+        one(service, "SELECT pg_switch_wal()::text")
+        until(lambda: state().position % (16 * MIB) == 0, "the segment's end")
+    before = protected.repository.logs("orders")
+    set_back()
+    service.container.kill()
+    service.container.start()
+    service.refresh_port(5432)
+    until(lambda: bed.postgres_version(service), "the server of before")
+    put(service, *range(4000, 4200))
+    one(service, "SELECT pg_switch_wal()::text")
+    put(service, 4200)
+    with protected.recording(driver_of(service)) as state:
+        until(lambda: state().failures > 1, "its refusal behind the segment")
+        assert "has another log before" in state().error
+    assert protected.repository.logs("orders") == before
 
 
 # --- by the container's name ----------------------------------------------------------------------------------------
