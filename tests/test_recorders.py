@@ -165,8 +165,8 @@ def test_a_base_waits_until_the_log_is_recorded(setup: Setup) -> None:
 
 
 def test_a_copy_of_a_server_under_its_name_is_refused_and_closes_no_window(setup: Setup) -> None:
-    """A restored sandbox with an agent of its own: neither its log nor a base of it comes between. When the first is
-    gone, it may go on."""
+    """A restored sandbox with an agent of its own: neither its log nor a base of it comes between, nor while the first
+    server is started anew. When its agent has ended, the copy may go on."""
     setup.account.move()
     with setup.recording() as first:
         until(lambda: first().position == 16)
@@ -179,6 +179,11 @@ def test_a_copy_of_a_server_under_its_name_is_refused_and_closes_no_window(setup
             assert "another server is recorded as acc now" in second.states()[0].error
             with pytest.raises(Locked, match="another server"):
                 second.wait_begun("acc", second.stopping)
+            setup.account.breaks = "it is started anew"
+            until(lambda: first().failures)
+            refusals = second.states()[0].failures
+            until(lambda: second.states()[0].failures > refusals + 1)
+        setup.account.server, setup.account.breaks = "one, started anew", ""
         setup.account.move()
         until(lambda: first().position == 32)
     assert setup.repository.logs("acc")[1] == []

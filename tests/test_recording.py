@@ -224,7 +224,7 @@ def test_a_flipped_byte_anywhere_in_the_log_is_told_before_the_restore_begins(
     assert spans[4].anchor
     assert f"restores come up to {spans[4].anchor.at:%Y-%m-%d %H:%M:%S.%f}" in raised.value.hint
     protected.restore(protected.plan(spans[4].anchor.at - 2 * SECOND))
-    assert len(sound(protected)) == 1
+    assert all(key in problem for problem in sound(protected) or [""])
 
 
 def test_a_log_that_is_stored_twice_and_differs_is_told_before_the_restore_begins(

@@ -158,6 +158,8 @@ class Recordings:
                 sink.close()
         if not self._stop.is_set():
             raise CaptureFailed("the recorder ended by itself", hint="a fault of the driver: report it")
+        # Not after a failure: while a server is started anew no copy of it may come in between.
+        source.claim.release(repository)
 
     def _begun(self, source: _Source) -> None:
         source.turned(begun=True)

@@ -80,7 +80,7 @@ class Claim:
         self._looked = self._now()
 
     def release(self, repository: Repository) -> None:
-        """The next one need not wait. A store out of reach does not matter: then it waits."""
+        """At the end in good order: the next one need not wait. A store out of reach does not matter: then it waits."""
         server, self._mine = self._mine.server, Held(self._mine.owner, "")
         with contextlib.suppress(StoreError):
             held = self._read(repository) if server else None

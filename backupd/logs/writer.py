@@ -198,14 +198,10 @@ class LogWriter:
             self._begun, self._pending, self._newest = False, [], None
 
     def close(self) -> None:
-        """After a recorder ended: the newest anchor that counts is stored, the claim let go. Raises StoreError."""
+        """After a recorder ended: the newest anchor that counts is stored. Raises StoreError."""
         with self._lock:
-            try:
-                if self._begun:
-                    self._put_anchor()
-            finally:
-                if self._claim is not None:
-                    self._claim.release(self._repository)
+            if self._begun:
+                self._put_anchor()
 
     # --- what it takes ------------------------------------------------------------------------------------
 
