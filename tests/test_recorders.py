@@ -478,14 +478,18 @@ def test_a_base_made_by_hand_before_anything_was_recorded_is_continued_and_not_m
     account.move()
     run = agent.back_up("db", Silence())
     scheduler = Scheduler(jobs_of(agent), agent.catalog, clock=agent.clock)
-    told: list[bool] = []
+    asked: list[bool] = []
+
+    def on_begin(source: str, epoch: str, position: int) -> None:
+        _back_up_new_stretch(agent, scheduler, source, epoch, position)
+        asked.append(scheduler.is_busy("backup", "db"))
+
     with Recordings(
         {"db": timedelta(milliseconds=10)}, driver=agent.driver, repository=agent.repository, clock=agent.clock,
-        on_begin=lambda *stretch: (_back_up_new_stretch(agent, scheduler, *stretch),
-                                   told.append(scheduler.is_busy("backup", "db"))),
+        on_begin=on_begin,
     ):  # fmt: skip
         until(lambda: reached(agent.repository()) == len(account.log))
-    assert told == [False]
+    assert asked == [False]
     (point,) = agent.repository().points("db")
     assert point.id == run.point
     assert chain_of(point, chains(*agent.repository().logs("db")))

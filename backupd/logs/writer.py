@@ -237,7 +237,7 @@ class LogWriter:
                 raise
         self._put_at, self._stored = self._now(), anchor
         done = self._recorded
-        at = anchor and anchor.at
+        at = anchor.at if anchor else None
         self._tell(reach=_later(done.reach, at), complete=_later(done.complete, at), pieces=done.pieces + 1,
                    stored=done.stored + len(stored))  # fmt: skip
 
