@@ -183,7 +183,7 @@ class LogSink(Protocol):
         ended; the same again is no mistake. Raises StoreError."""
 
     def anchor(self, at: datetime, position: int) -> None:
-        """As `Anchor`: read the clock first, the position second. It counts once so much is stored. Raises StoreError."""
+        """As `Anchor`: the clock read first, then the position. Counts once so much is stored. Raises StoreError."""
 
     def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
         """Of epochs that belong, where the newest ends in what is stored."""
