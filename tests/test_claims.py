@@ -188,7 +188,7 @@ def test_one_that_stood_still_until_it_was_taken_over_finds_out_before_it_stores
 def test_two_that_come_in_one_instant_are_told_apart(
     engine: Engine, store: CountingStore, time: Time
 ) -> None:
-    """Where the store keeps conditions."""
+    """The first ones ever, where the store keeps conditions."""
     first = Recording(engine, time, "first")
     store.meanwhile = Claim("db", now=time)
     with pytest.raises(Locked):

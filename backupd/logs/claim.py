@@ -9,9 +9,9 @@ stay alive; a claim whose log stood still for `SILENT` seconds, by the clock of 
 On the same running server an agent goes on at once, after whatever end of the one before: there the server keeps two
 apart (a slot has room for one), or sends both the same (a replication stream).
 
-What this cannot keep out: on a store without conditions two that come in one instant, until one looks again after
-`LOOK` seconds; a piece that was on its way when its writer was given up; and right behind a gap, where an idle recorder
-has nothing to store, it counts as silent. Where two histories overlap, `verify` and every restore tell.
+It needs no conditions on writes, and so cannot keep out two copies that come in one instant, until one looks again
+after `LOOK` seconds; nor a piece that was on its way when its writer was given up. Right behind a gap an idle recorder
+has nothing to store, and counts as silent. Where two histories overlap, `verify` and every restore tell.
 """
 
 from __future__ import annotations
