@@ -154,12 +154,16 @@ def needs_base(
     position: int,
     marks: Iterable[LogMark] = (),
 ) -> bool:
-    """Whether what is recorded from this position on continues no point: then nothing of it could be restored."""
+    """Whether what is recorded from this position on continues no point: then nothing of it could be restored. A point
+    that begins there, or behind, can be restored once so much is recorded."""
+    known = list(points)
+    needs = [need for point in known if (need := need_of(point))]
+    if any(need.epoch == epoch and need.start >= position for need in needs):
+        return False
     if any((mark.epoch, mark.position, mark.after) == (epoch, position, "") for mark in marks):
-        begun = [need for point in points if (need := need_of(point))]
-        return not any(need.epoch == epoch and need.start >= position for need in begun)
+        return True
     held = [chain for chain in among if chain.holds(Need(epoch, position, position))]
-    return not any(chain_of(point, held[-1:]) for point in points)
+    return not any(chain_of(point, held[-1:]) for point in known)
 
 
 def still_there(chain_spans: Sequence[LogSpan], among: Iterable[Chain]) -> tuple[LogSpan, ...]:

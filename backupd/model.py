@@ -145,8 +145,7 @@ class LogSpan:
 
     source: str
     epoch: str
-    """Positions of two epochs have nothing to do with each other. PostgreSQL: "<system identifier>-<timeline>";
-    Redis: the replication id. [A-Za-z0-9-]+"""
+    """Positions of two have nothing in common. PostgreSQL: "<system identifier>-<timeline>"; Redis: replication id."""
     start: int
     end: int
     anchor: Anchor | None
@@ -172,18 +171,19 @@ class LogMark:
 class LogSink(Protocol):
     """Where a recorder puts what it reads."""
 
+    def claim(self, server: str) -> None:
+        """Before all else: which running server is recorded, by a name that no copy of it has. Raises Locked."""
+
     def begin(self, epoch: str, position: int) -> None:
-        """What follows belongs to this epoch and begins there. Another epoch that begins where the one before ended,
-        without a gap between, continues it. Raises StoreError where more of the epoch is stored already: its log was
-        rewritten."""
+        """What follows belongs to this epoch and begins there. Where the one before ended, without a gap between, it
+        continues that. Raises StoreError where more of the epoch is stored already: its log was rewritten."""
 
     def piece(self, start: int, end: int, data: bytes) -> None:
         """Durable when it returns; only then may the source let it go. Each piece begins where the one before
         ended; the same again is no mistake. Raises StoreError."""
 
     def anchor(self, at: datetime, position: int) -> None:
-        """As `Anchor`: read the source's clock first, its position second. It counts once the log is stored up to
-        there. Raises StoreError."""
+        """As `Anchor`: the clock read first, then the position. Counts once so much is stored. Raises StoreError."""
 
     def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
         """Of epochs that belong, where the newest ends in what is stored."""

@@ -8,6 +8,7 @@ Layout (FORMAT.md has every byte):
     points/<source>/<start-utc>-<point-id>.json.zst  manifests: stored last, the only commit
     logs/<source>/<epoch>/<start>-<end>-<anchor>.zst pieces of a continuous source's log, and marks
     leases/<name>.json                               who may delete
+    leases/log/<source>.json                         whose log it is
 """
 
 from __future__ import annotations
@@ -336,6 +337,14 @@ class Repository:
         """The exclusive right to change what exists of a source. Raises Locked."""
         return self.store.lease(f"leases/{check_source(source)}.json")
 
+    def claim(self, source: str) -> bytes:
+        """What stands there of whose log it is. Raises ObjectMissing."""
+        return self.store.get(_claim_key(source))
+
+    def put_claim(self, source: str, data: bytes, *, new: bool) -> None:
+        """Raises ObjectExists where `new` and there is one."""
+        self.store.put(_claim_key(source), data, overwrite=not new)
+
 
 def check_source(name: str) -> str:
     """A source's name is part of keys. Raises UsageError."""
@@ -354,6 +363,10 @@ def point_key(point: RecoveryPoint) -> str:
 
 def pack_key(source: str, name: str) -> str:
     return f"packs/{check_source(source)}/{name}.zst"
+
+
+def _claim_key(source: str) -> str:
+    return f"leases/log/{check_source(source)}.json"
 
 
 def log_key(log: LogSpan | LogMark) -> str:
