@@ -16,7 +16,6 @@ from backupd.archive import ArchiveWriter, Written, open_archive, write_archive
 from backupd.archive.patterns import escape
 from backupd.chain import need_in
 from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Damaged, Locked, StoreError
-from backupd.logs import wait_for_logs
 from backupd.model import (
     Archive,
     Capture,
@@ -157,6 +156,8 @@ def _wait_for_log(
     need = need_in(capture.attributes)
     if need is None:
         return ()
+    from backupd.logs import wait_for_logs
+
     progress.stage(f"{source}: waiting for its log")
     patience = (
         _LOG_PATIENCE if capture.attributes.get("recorded", True) else 0.0

@@ -16,7 +16,6 @@ from backupd import log
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
-from backupd.live import Way
 from backupd.model import (
     Archive,
     Clock,
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from backupd.agent.status import Protection
     from backupd.catalog import Catalog
     from backupd.chain import Chain
+    from backupd.live import Way
     from backupd.plan import RestorePlan, Step
     from backupd.prune import PruneReport
     from backupd.repository import Repository
@@ -332,6 +332,8 @@ class Agent:
         kind, _, place = to.partition(":")
         if (kind, bool(place)) not in _PLACES:
             raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH, container:NAME or in-place")
+        from backupd.live import Way
+
         reports: list[RestoreReport] = []
 
         def work() -> Run:

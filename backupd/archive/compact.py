@@ -298,8 +298,8 @@ class _Move:
 
     def _add_page(self, page: _Page) -> None:
         offset = self._pack.add_page(page.stored)
-        ref = replace(
-            page.ref, pack=self._pack.name, offset=offset, length=len(page.stored), size=len(page.plain),
+        ref = page.ref._replace(
+            pack=self._pack.name, offset=offset, length=len(page.stored), size=len(page.plain),
             digest=self._repository.codec.digest(page.plain).hex(), packs=tuple(page.packs),
         )  # fmt: skip
         self._pack.directory.pages.append(page_row(ref))

@@ -112,8 +112,7 @@ class TarStreamReader:
             end += got
         if end - start != entry.stored:
             raise Damaged(f"the tar from the helper ends inside {path}")
-        if entry.stored:
-            slab.blobs.append((start, entry.stored, pieces, b""))
+        slab.add_file(start, entry.stored, pieces)
         if header and (rest := -entry.stored & 511):
             slab.view[end : end + rest] = bytes(rest)
             end += rest
