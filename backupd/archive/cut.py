@@ -11,7 +11,7 @@ from typing import Protocol
 BLOCK_SIZE = 16384
 """Bytes of a blob of a large file, on average: fine enough that scattered updates store a quarter of what 1 MiB
 chunks would."""
-WHOLE = 128 << 10
+WHOLE = 64 << 10
 """Bytes: a file of up to so many is one blob. Of a tree's bytes a fifth lie in files between this and 1 MiB: cut, an
 edited one is not stored whole."""
 _LARGEST = 256 << 10  # four times this, the longest content-defined blob, must fit into a frame
