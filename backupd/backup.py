@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -197,7 +196,7 @@ def _without_repository(capture: Capture, repository: Repository) -> Content:
         inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())
     except ValueError:
         return content
-    return replace(content, exclude=(*content.exclude, f"/{escape(str(inside))}/"))
+    return content._replace(exclude=(*content.exclude, f"/{escape(str(inside))}/"))
 
 
 def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:

@@ -6,11 +6,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd import log
 from backupd.agent.names import expand
@@ -71,8 +70,7 @@ def secrets_of(config: Config) -> list[str]:
     return [secret.get_secret_value() for secret in found if secret is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What `check` found at one place."""
 
     where: str
@@ -84,8 +82,7 @@ class Finding:
         return any(p.fatal for p in self.problems)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one source: a run, or why there is none."""
 
     source: str

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from backupd.archive.index import read_page
@@ -156,7 +156,7 @@ class _Move:
         before = [(name, when) for name, when in old.replaced if name in present and name not in names]
         replaced = [(pack.name, at) for pack in old.packs if pack.name not in names]
         packs = tuple(self.packs.get(name) or self._usage.packs[name] for name in names)
-        return replace(old, pages=pages, packs=packs, replaced=(*before, *replaced))
+        return old._replace(pages=pages, packs=packs, replaced=(*before, *replaced))
 
     def take_back(self) -> None:
         """Remove what was written; what cannot be removed now, the next prune removes."""

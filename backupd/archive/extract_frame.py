@@ -67,7 +67,9 @@ class FrameExtractor:
                 at, length, digest = self._blob.unpack_from(rows, (begin - first) * row)
                 content = [self._checked(data, at, length, digest, name, pack)]
             else:
-                blobs = list(self._blob.iter_unpack(rows[(begin - first) * row : (begin - first + count) * row]))
+                blobs = list(
+                    self._blob.iter_unpack(rows[(begin - first) * row : (begin - first + count) * row])
+                )
                 content = list(self._checked_runs(data, pack, name, blobs))
             written += self._write_whole(whole, content)
         for name, begin, end, places in parts:

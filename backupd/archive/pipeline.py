@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from backupd.archive.cut import WHOLE, FileCutter
 from backupd.archive.known import KnownContent
@@ -66,8 +66,7 @@ class Slab:
             self.blobs.append((start, length, pieces, b"" if length <= WHOLE else None))
 
 
-@dataclass(slots=True)
-class PageDraft:
+class PageDraft(NamedTuple):
     """A page whose content is still on its way to a pack."""
 
     slot: int
