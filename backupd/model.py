@@ -455,8 +455,7 @@ class RunStatus(StrEnum):
     RUNNING = "running"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One doing of a job: backup, restore, prune, verify; also one that should have happened and did not."""
 
     id: str
