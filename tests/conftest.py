@@ -8,6 +8,7 @@ For the whole session, to read from or to use under names of your own: `session_
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 import services as bed
+
+# Else each of some hundred processes that tests start compiles the package for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("backupd", deadline=None)
