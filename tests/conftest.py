@@ -148,6 +148,25 @@ def agent_image(docker_client: docker.DockerClient) -> str:
     return tag
 
 
+# --- in which order -----------------------------------------------------------------------------------
+
+LONGEST = (
+    "image", "postgres_physical", "postgres_agents", "postgres_exact", "benchmarks", "postgres", "demo",
+    "postgres_versions", "postgres_incremental", "deploy", "stores", "redis", "drivers", "layers", "redis_exact",
+    "chroma", "runbook", "redis_pitr", "postgres_to_the_second", "redis_to_the_second", "serve_killed", "restore",
+    "sandbox", "docs", "stores_s3", "stores_faults", "cli_errors", "testbed", "volume_docker", "compact",
+)  # fmt: skip
+"""Files that take longest, in this order. They are begun first (`--no-loadscope-reorder`): else one that waits for its
+servers for a minute would be left over in the end, and the other workers idle. `image` builds what `deploy` needs."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file stays together, in its own order."""
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 # --- what was exercised -------------------------------------------------------------------------------
 
 REQUIRED = ("Docker engine", "PostgreSQL", "Redis", "ChromaDB", "S3 server")
