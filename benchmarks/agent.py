@@ -78,3 +78,13 @@ def processor_seconds(pid: int) -> float:
     """What a process has used so far, of all cores."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_anew(pid: int) -> None:
+    """Forget how much memory a process had at most, up to now (clear_refs(5), proc(5))."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def most_resident(pid: int) -> int:
+    """Bytes that a process had resident at most."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split(None, 1)[0]) * 1024

@@ -75,8 +75,8 @@ def sql(name: str, script: str) -> None:
 
 
 @contextmanager
-def redis() -> Iterator[str]:
-    """A Redis server that saves when it is told to; its container."""
-    with container(REDIS_IMAGE, "redis-server", "--save", "") as name:
+def redis(*settings: str) -> Iterator[str]:
+    """A Redis server that saves when it is told to; its container. `settings`: options of redis-server."""
+    with container(REDIS_IMAGE, "redis-server", "--save", "", *settings) as name:
         wait_for(lambda: b"PONG" in docker("exec", name, "redis-cli", "ping"), REDIS_IMAGE)
         yield name

@@ -189,7 +189,7 @@ class Keeping(AccountDriver):
 
     keeps: Retained | None = Retained(3 * GIB, 2 * GIB)
 
-    def retained(self) -> Retained | None:
+    def retained(self, since: LogSpan | None) -> Retained | None:
         return self.keeps
 
 
