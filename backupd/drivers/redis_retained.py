@@ -56,9 +56,9 @@ class Limits:
 def retained_by(
     link: Mapping[str, str], limits: Limits | None, since: LogSpan | None, held: Held | None
 ) -> Retained | None:
-    """`link`: INFO replication. `limits`: None where they are not known. `since`: up to where the log is stored; None of
-    a stranger, who takes what a replica says that is as we are. `held`: None where no recorder is at work here; one
-    elsewhere may have more than is stored, and then this says less room than there is."""
+    """`link`: INFO replication. `limits`: None where they are not known. `since`: up to where the log is stored;
+    None of a stranger, who takes what a replica says that is as we are. `held`: None where no recorder is at work
+    here; one elsewhere may have more than is stored, and then this says less room than there is."""
     position = int(link.get("master_repl_offset", "0"))
     stored = _stored(link, since)
     if stored is None:
