@@ -62,8 +62,8 @@ def bench_stream(
     """Medians by load, contestant and command, and their ratios to the server alone."""
     work.mkdir(parents=True)
     told: dict[str, object] = {}
-    with redis() as name:
-        docker("exec", name, "redis-cli", "CONFIG", "SET", "repl-backlog-size", "64mb")
+    # No delay: else each who joins waits five seconds for a dump of nothing.
+    with redis("--repl-backlog-size", "64mb", "--repl-diskless-sync-delay", "0") as name:
         kinds: dict[str, _Kind] = {
             "alone": lambda: nullcontext(_Beside()),
             "reader": lambda: _reader(name),
