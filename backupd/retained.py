@@ -18,8 +18,8 @@ class Retained:
     """Bytes that may be written until the server gives it up; None: it never does."""
     lost: bool = False
     """It was given up."""
-    fills: str = "its disk is full: set max_slot_wal_keep_size"
-    """What becomes of a server that never gives it up, and the setting against it."""
+    setting: str = "max_slot_wal_keep_size"
+    """Of the server: what limits what it keeps."""
     unsent: int | None = None
     """Bytes of it that the server had not sent at most, since the last look: as much lay in the memory that it has for
     our connection. None where that is not known, or no matter: it is on its disk."""
@@ -58,7 +58,10 @@ def worry(retained: Retained | None) -> str:
         )
     if retained.size < MUCH:
         return ""
-    return f"the server keeps {_mib(retained.size)} of log that is not stored, and goes on until {retained.fills}"
+    return (
+        f"the server keeps {_mib(retained.size)} of log that is not stored, and goes on until it is full: "
+        f"set {retained.setting}"
+    )
 
 
 def _mib(size: int) -> str:

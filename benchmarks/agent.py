@@ -41,9 +41,7 @@ class Agent:
             self._listen = f"127.0.0.1:{free.getsockname()[1]}"
         config = home / "backupd.toml"
         config.write_text(
-            _CONFIG.format(
-                repository=self.repository, listen=self._listen, source=source, settings=settings
-            )
+            _CONFIG.format(repository=self.repository, listen=self._listen, source=source, settings=settings)
         )
         self.env = clean_env(home, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(home))
         subprocess.run([*backupd_argv(), "-q", "init"], cwd=home, env=self.env, check=True)

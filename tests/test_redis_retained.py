@@ -18,7 +18,7 @@ from test_redis_pitr import DIGESTS, client, driver_of
 from backupd.agent.recording import RecorderState, Recordings
 from backupd.agent.serving import gauges_of
 from backupd.drivers.redis_recorder import BOUND
-from backupd.drivers.redis_retained import Held, Limits, retained_by
+from backupd.drivers.redis_retained import SETTING, Held, Limits, retained_by
 from backupd.model import LogSpan
 from backupd.repository import Repository
 from backupd.retained import Retained, worry
@@ -77,9 +77,9 @@ def test_an_agent_that_is_away_has_what_is_stored_and_the_backlog(points: list[i
     first = max(1, position - backlog + 1)
     found = retained_by(link(position, backlog=backlog, first=first), Limits(1, 1), stored(ours), None)
     if position - ours > backlog:
-        assert found == Retained(position - ours, 0, lost=True)
+        assert found == Retained(position - ours, 0, lost=True, setting=SETTING)
     else:
-        assert found == Retained(position - ours, backlog - (position - ours))
+        assert found == Retained(position - ours, backlog - (position - ours), setting=SETTING)
 
 
 def test_who_does_not_know_what_is_stored_asks_the_one_that_receives_it() -> None:
@@ -87,12 +87,13 @@ def test_who_does_not_know_what_is_stored_asks_the_one_that_receives_it() -> Non
     others = replica(9000, port=6379), replica(0), replica(4000, state="wait_bgsave")
     assert retained_by(link(10_000, *others), Limits(0, 0), None, None) is None
     found = retained_by(link(10_000, *others, replica(7000)), Limits(70 * MIB, 0), None, None)
-    assert found == Retained(3000, 70 * MIB - 3000)
+    assert found == Retained(3000, 70 * MIB - 3000, setting=SETTING)
 
 
 def test_a_history_that_ended_is_lost_and_one_that_was_continued_is_not() -> None:
     """A replica that was promoted goes on from where its master's history ends for it."""
-    assert retained_by(link(2000), None, stored(1000, BEFORE), None) == Retained(1000, 64 * MIB - 1000)
+    kept = retained_by(link(2000), None, stored(1000, BEFORE), None)
+    assert kept == Retained(1000, 64 * MIB - 1000, setting=SETTING)
     for since in (stored(1001, BEFORE), stored(1000, OTHER)):
         found = retained_by(link(2000), None, since, None)
         assert found is not None

@@ -26,7 +26,7 @@ from backupd.drivers.redis import MEMBER, RedisDriver, describe, failing_as, rea
 from backupd.drivers.redis_aof import REPORT, Landing, Replay, bring_back_log, report
 from backupd.drivers.redis_home import DATA, reach
 from backupd.drivers.redis_recorder import RedisRecorder
-from backupd.drivers.redis_retained import Limits, retained_by
+from backupd.drivers.redis_retained import SETTING, Limits, retained_by
 from backupd.drivers.redis_stream import Answer
 from backupd.drivers.redis_wire import Connection
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed
@@ -54,7 +54,6 @@ OLDEST = 6
 """Before, scripts were sent to replicas as they are, and ran there once more."""
 BACKLOG = 64 << 20
 """Bytes of its history that a server should keep for an agent that was away."""
-_LIMITS = "client-output-buffer-limit"
 
 
 class RedisPitr:
@@ -109,7 +108,7 @@ class RedisPitr:
         self, server: Connection, link: Mapping[str, str], since: LogSpan | None
     ) -> Retained | None:
         held = self._recorder.held() if self._recorder is not None else None
-        limits = Limits.of_setting(server.config(_LIMITS).get(_LIMITS, ""))
+        limits = Limits.of_setting(server.config(SETTING).get(SETTING, ""))
         return retained_by(link, limits, since, held)
 
     # --- restore
@@ -186,7 +185,7 @@ class RedisPitr:
             with self._dumps.connect() as server:
                 found = list(self._dumps.whole_problems(server))
                 link = server.info("replication")
-                settings = server.config(_LIMITS, "min-replicas-to-write", "min-slaves-to-write")
+                settings = server.config(SETTING, "min-replicas-to-write", "min-slaves-to-write")
                 found += shortcomings(server.info("server"), link, settings)
                 if told := worry(self._retained(server, link, None)):
                     hint = "does the repository take what `backupd serve` stores, and in time?"
@@ -233,7 +232,7 @@ def shortcomings(
                 fatal=False,
             )
         )
-    limits = Limits.of_setting(settings.get(_LIMITS, ""))
+    limits = Limits.of_setting(settings.get(SETTING, ""))
     if limits is not None and 0 < limits.hard < BACKLOG:
         found.append(
             Problem(

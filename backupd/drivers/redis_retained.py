@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from backupd.model import LogSpan
 from backupd.retained import Retained
 
+SETTING = "client-output-buffer-limit"
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -64,7 +66,7 @@ def retained_by(
     if stored is None:
         return None
     if stored < 0:
-        return Retained(0, 0, lost=True)
+        return Retained(0, 0, lost=True, setting=SETTING)
     has, unsent = stored, None
     linked = bool(_like_us(link))
     if held is not None:
@@ -74,14 +76,13 @@ def retained_by(
     size, behind = max(0, position - stored), max(0, position - has)
     first = int(link.get("repl_backlog_first_byte_offset", "0"))
     if not linked and has + 1 < first:
-        return Retained(size, 0, lost=True)
+        return Retained(size, 0, lost=True, setting=SETTING)
     room = int(link.get("repl_backlog_size", "0"))
     if linked and limits is not None:
         if not limits.least:
-            fills = "its memory is full: set client-output-buffer-limit for replicas"
-            return Retained(size, None, fills=fills, unsent=unsent)
+            return Retained(size, None, setting=SETTING, unsent=unsent)
         room = max(room, limits.least)
-    return Retained(size, max(0, room - behind), unsent=unsent)
+    return Retained(size, max(0, room - behind), setting=SETTING, unsent=unsent)
 
 
 def _stored(link: Mapping[str, str], since: LogSpan | None) -> int | None:
