@@ -35,8 +35,8 @@ _DEAF = 30.0  # seconds without a byte while the server moves on
 _LITTLE = 1 << 15
 """Bytes. Where less came, more is let come for a moment: to wake for each of the server's turns, some thousand a second
 of a few kB, costs more than all else done here."""
-_NAP = 0.01
-"""Seconds. Meanwhile it lies in the kernel's buffer, and that of a server that writes 100 MB/s grows by one."""
+_NAP = 0.02
+"""Seconds. What comes meanwhile lies in the kernel's buffers; of 100 MB/s two may lie in the server's."""
 _ANCHORS = 20_000  # that may wait; then every other one goes
 _JOINS = 5  # tries to join a stream that runs away
 _LOOKS = 50  # a tenth of a second apart
