@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from backupd.chain import chains, cover, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
 from backupd.model import Anchor, Json, LogMark, LogSpan, PointKind, RecoveryPoint
-from backupd.plan import LATEST, format_instant, landed_early, parse_at, plan_point, plan_restore, windows
+from backupd.plan import (
+    LATEST,
+    format_instant,
+    landed_early,
+    parse_at,
+    plan_point,
+    plan_restore,
+    refuse_skew,
+    windows,
+)
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -117,9 +126,10 @@ def test_a_log_alone_restores_nothing() -> None:
 def test_more_skew_than_allowed_is_refused() -> None:
     """Naming who lands too early."""
     points = [point("a", at(3)), point("b", at(1))]
-    assert plan_restore(points, at(3), ["a", "b"], max_skew=timedelta(hours=2))
+    plan = plan_restore(points, at(3), ["a", "b"])
+    refuse_skew(plan, timedelta(hours=2))
     with pytest.raises(NoRecoveryPoint, match="b lands at 2026-11-22T01:00:00Z"):
-        plan_restore(points, at(3), ["a", "b"], max_skew=timedelta(hours=1))
+        refuse_skew(plan, timedelta(hours=1))
 
 
 def test_one_point_is_a_plan() -> None:

@@ -59,6 +59,8 @@ def restored_to(home: Home, at: str) -> tuple[list[datetime], dict[str, Any]]:
         done = home.run("restore", "--at", at, "cart", "--name", name, "--json")
         host, port = Engine().container(f"backupd-{name}-cart").address(6379)
         (restored,) = done.json["restored"]
+        planned = done.json["plan"]["steps"][0]["lands_at"].replace("Z", "+00:00")
+        assert at == "latest" or restored["recovered"]["as_of"] == planned
         assert done.code == (3 if restored["warnings"] else 0), done.err
         return stamps_of(host, port), {"warnings": restored["warnings"], **restored["recovered"]}
     finally:

@@ -15,15 +15,16 @@ The rights (an ACL user sees all data by them, whatever its key patterns):
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from backupd.chain import need_of
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis import MEMBER, RedisDriver, describe, failing_as, reading_dump
-from backupd.drivers.redis_aof import REPORT, Landing, Replay, bring_back_log, report
+from backupd.drivers.redis_aof import REPORT, Course, Landing, Replay, bring_back_log, report
 from backupd.drivers.redis_home import DATA, reach
 from backupd.drivers.redis_recorder import RedisRecorder
 from backupd.drivers.redis_retained import SETTING, Limits, retained_by
@@ -31,6 +32,7 @@ from backupd.drivers.redis_stream import Answer
 from backupd.drivers.redis_wire import Connection
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed
 from backupd.model import (
+    Anchor,
     Archive,
     Capture,
     Container,
@@ -150,8 +152,22 @@ class RedisPitr:
             raise RestoreFailed("this recovery point holds no dump.rdb", hint="run backupd verify")
         with failing_as(RestoreFailed):
             base, replay = (size, archive.read(MEMBER)), Replay(point, at)
-            directory, landing = bring_back_log(container, self._dumps.credentials(), base, replay, logs)
+            directory, landing = bring_back_log(
+                container, self._dumps.credentials(), base, replay, logs, keep=self._dumps.keeps
+            )
             report(container, directory, _said(point, at, landing))
+
+    def keeping(self) -> RedisPitr:
+        """Implements `live.ExpiringDriver`."""
+        return RedisPitr(self._dumps.keeping())
+
+    def lands_at(self, point: RecoveryPoint, log: Iterable[LogSpan], at: datetime) -> datetime:
+        """Implements `live.AnchoredDriver`."""
+        need = need_of(point)
+        course = Course(at, Anchor(point.instant, need.end if need else 0))
+        for span in log:
+            course.note(span.anchors)
+        return course.landing().at or at
 
     def recovered(self, container: Container) -> Mapping[str, Json]:
         """Where a restored, running server landed. Raises RestoreFailed where it has not loaded."""

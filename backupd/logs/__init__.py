@@ -5,6 +5,7 @@ from backupd.logs.check import check_logs
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
+    anchored,
     check_log,
     reached,
     read_logs,
@@ -19,6 +20,7 @@ __all__ = [
     "Compaction",
     "LogWriter",
     "Recorded",
+    "anchored",
     "check",
     "check_log",
     "check_logs",

@@ -129,6 +129,18 @@ def read_header(repository: Repository, span: LogSpan | LogMark) -> Header:
     return decode_header(repository.codec, head)
 
 
+def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> list[LogSpan]:
+    """Those of a log, with their anchors, that tell between which of these an instant lies. One header or two are read,
+    more where nothing was recorded for long. Raises Damaged, ObjectMissing."""
+    behind = next((n for n, span in enumerate(spans) if span.anchor and span.anchor.at > at), len(spans) - 1)
+    found: list[LogSpan] = []
+    for span in reversed(spans[: behind + 1]):
+        found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        if any(anchor.at <= at for anchor in found[0].anchors):
+            break
+    return found
+
+
 def reached(logs: Mapping[str, Iterable[LogSpan]]) -> dict[str, datetime]:
     """The newest anchor of each source's log that has any: up to when a restore would come. Pure."""
     found = {}
