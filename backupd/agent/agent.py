@@ -432,10 +432,9 @@ class Agent:
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
         recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
-        retained = retained_of_all(recorded, self.driver)
-        return protections(
-            self.config, newest, self.catalog, self.clock(), reached(repository, recorded), retained
-        )
+        logs = {name: repository.logs(name)[0] for name in recorded}
+        retained = retained_of_all(logs, self.driver)
+        return protections(self.config, newest, self.catalog, self.clock(), reached(logs), retained)
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import takewhile
@@ -158,11 +158,10 @@ def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> 
     return found
 
 
-def reached(repository: Repository, sources: Iterable[str]) -> dict[str, datetime]:
-    """The newest anchor of each log that has any: up to when a restore would come."""
+def reached(logs: Mapping[str, Iterable[LogSpan]]) -> dict[str, datetime]:
+    """The newest anchor of each source's log that has any: up to when a restore would come. Pure."""
     found = {}
-    for source in sources:
-        spans, _ = repository.logs(source)
+    for source, spans in logs.items():
         newest = max((span.anchor.at for span in spans if span.anchor), default=None)
         if newest is not None:
             found[source] = newest
