@@ -304,8 +304,10 @@ class Archive(Protocol):
     def read(self, name: str) -> Iterator[bytes]:
         """The content of one file or stream. Raises NoRecoveryPoint when there is none of that name, Damaged."""
 
-    def tar(self) -> Iterator[bytes]:
-        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly."""
+    def tar(self, change: Callable[[Member], Member | None] | None = None) -> Iterator[Bytes]:
+        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly. `change` says how a
+        member stands in it, under which name, owner, mode and time; None leaves it out, and its content is not read.
+        """
 
     def extract(self, into: Path) -> Sequence[str]:
         """Write the tree under `into`, which must be empty or absent. Returns what the target could not take: an
@@ -331,7 +333,7 @@ class Container(Protocol):
         self,
         argv: Sequence[str],
         *,
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
     ) -> Iterator[bytes]:
@@ -341,7 +343,7 @@ class Container(Protocol):
     def read(self, path: str) -> Iterator[bytes]:
         """A tar of `path`, made by the engine; works on a stopped container. No xattrs, whole seconds."""
 
-    def write(self, path: str, tar: Iterable[bytes]) -> None:
+    def write(self, path: str, tar: Iterable[Bytes]) -> None:
         """Unpack a tar at `path`; works on a stopped container."""
 
     def start(self) -> None: ...

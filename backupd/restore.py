@@ -25,6 +25,7 @@ from backupd.log import carry
 from backupd.logs import LOG_FOLDER, check_logs, read_logs, write_logs
 from backupd.model import (
     Archive,
+    Bytes,
     Clock,
     Container,
     ContainerSpec,
@@ -44,6 +45,7 @@ from backupd.repository import Repository
 from backupd.waiting import Ready, start
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Bytes)
 
 Watch = Callable[[Step], Progress]
 """Who is told of the work on one source."""
@@ -436,8 +438,8 @@ class Told:
     def read(self, name: str) -> Iterator[bytes]:
         return self._count(self._archive.read(name))
 
-    def tar(self) -> Iterator[bytes]:
-        return self._count(self._archive.tar())
+    def tar(self, change: Callable[[Member], Member | None] | None = None) -> Iterator[Bytes]:
+        return self._count(self._archive.tar(change))
 
     def extract(self, into: Path) -> list[str]:
         self.warnings += self._archive.extract(into)
@@ -450,7 +452,7 @@ class Told:
             self._progress.advance(len(piece[1]))
             yield piece
 
-    def _count(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def _count(self, chunks: Iterator[B]) -> Iterator[B]:
         for chunk in chunks:
             self._work.check()
             self._progress.advance(len(chunk))

@@ -105,7 +105,7 @@ class FrameExtractor:
         offset = left = 0
         fd = self.open(name, _THERE)
         try:
-            for start, end in _runs(blobs):
+            for start, end in side_by_side(blobs):
                 for at, length, digest in blobs[start:end]:
                     self._checked(data, at, length, digest, name, pack)
                 first, last = blobs[start], blobs[end - 1]
@@ -178,7 +178,7 @@ class FrameExtractor:
             self.warnings.append(text)
 
 
-def _runs(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
+def side_by_side(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
     """Ranges of blobs that lie side by side in their frame."""
     start = 0
     for index in range(1, len(blobs) + 1):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
+from backupd.archive.extract_frame import side_by_side
 from backupd.archive.pack import BLOB, Directory, decode_directory
 from backupd.codec import Codec
 from backupd.errors import Damaged
@@ -119,8 +120,17 @@ class FrameReader:
             raise Damaged(f"content in the pack {pack} is not what was written")
         return part
 
+    def _together(self, data: bytes, blobs: list[Blob], pack: str) -> Iterator[memoryview]:
+        """Blobs that lie side by side in one piece, each compared with its digest. Raises Damaged."""
+        view = memoryview(data)
+        for start, end in side_by_side(blobs):
+            for blob in blobs[start:end]:
+                self.check(view, blob, pack)
+            yield view[blobs[start][0] : blobs[end - 1][0] + blobs[end - 1][1]]
+
     def stream(self, requests: Iterable[Request[T]]) -> Iterator[tuple[T, memoryview | None]]:
-        """The content of each request in order, blob by blob; (request, None) first, for every request."""
+        """The content of each request in order, as much at once as lies together in a frame; (request, None) first,
+        for every request."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="frame") as readers:
             waiting: deque[_Item[T]] = deque()
             kept: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
@@ -134,8 +144,8 @@ class FrameReader:
                     return
                 ahead -= first
                 data = item.result()
-                for blob in blobs:
-                    yield tag, self.check(data, blob, pack)
+                for part in self._together(data, blobs, pack):
+                    yield tag, part
 
             def asked(pack: str, number: int) -> tuple[Future[bytes], bool]:
                 nonlocal ahead

@@ -53,6 +53,7 @@ from backupd.drivers.postgres_recovery import (
     Target,
     data_tar,
     find_home,
+    held_in,
     last_files,
     read_report,
     replaying,
@@ -269,8 +270,8 @@ class PostgresPhysical:
             wanted = _target(at, target)
             wanted.refuse(point)
             home = find_home(container)
-            held: dict[str, str] = {}
-            container.write(home.root, data_tar(archive.tar(), home, held))
+            held = held_in(archive)
+            container.write(home.root, data_tar(archive, home, held))
             replayed = Replayed(at)
             container.write(f"{home.data}/pg_wal", home.files(wal_files(logs, point, replayed)))
             files = last_files(point, home, held, wanted, replayed)

@@ -11,10 +11,9 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from tarfile import PAX_FORMAT, TarInfo
 
 from backupd.drivers._tarstream import END, entry, first_file, open_tar, padding
 from backupd.drivers.postgres_base import TABLESPACES
@@ -29,7 +28,7 @@ from backupd.drivers.postgres_wal import (
     segment_position,
 )
 from backupd.errors import ContainerError, RestoreFailed
-from backupd.model import Container, Json, LogSpan, RecoveryPoint
+from backupd.model import Archive, Bytes, Container, Json, LogSpan, Member, RecoveryPoint
 
 REPORT = "backupd_recovery.json"
 """What was asked of the recovery, in the restored data directory."""
@@ -38,11 +37,14 @@ _SPACES = "backupd_tablespaces"
 _AUTO = "postgresql.auto.conf"
 _MAP = "tablespace_map"
 _VERSION = "PG_VERSION"
-_DROPPED = frozenset({"recovery.signal", "standby.signal", "postmaster.pid", REPORT, _HBA})
+_CONF = "postgresql.conf"
+_ANEW = frozenset(
+    {_VERSION, _AUTO, _MAP, REPORT, _HBA, "recovery.signal", "standby.signal", "postmaster.pid"}
+)
+"""Files of a base that do not come back as they were."""
 _ROOTS = ("/var/lib/postgresql/data", "/var/lib/postgresql")
 """Directories that the official images have before the first start."""
 _SLACK = timedelta(seconds=5)
-_CHUNK = 1 << 20
 
 LET_IN = """\
 # Written by backupd: how a restored server lets in, wherever it is. md5 takes scram-sha-256 passwords too.
@@ -227,11 +229,11 @@ class Home:
         """A header of the server's own."""
         return entry(name, size=size, mode=mode, uid=self.uid, gid=self.gid)
 
-    def files(self, files: Iterable[tuple[str, bytes | bytearray]], below: str = "") -> Iterator[bytes]:
+    def files(self, files: Iterable[tuple[str, bytes | bytearray]], below: str = "") -> Iterator[Bytes]:
         """A tar of small files."""
         for name, content in files:
             yield self.entry(below + name, size=len(content))
-            yield bytes(content)
+            yield memoryview(content)
             yield padding(len(content))
         yield END
 
@@ -260,46 +262,37 @@ def _refuse_used(container: Container, data: str) -> None:
         )
 
 
-def data_tar(tar: Iterable[bytes], home: Home, held: dict[str, str]) -> Iterator[bytes]:
-    """The base's own tar as it must lie in the container: the server's owner, tablespaces within the data directory.
-    Files that are written last go into `held` by name."""
+def held_in(archive: Archive) -> dict[str, str]:
+    """What of a base decides on the files that are written anew, by name; a `postgresql.conf` stays as it is."""
+    there = {member.name for member in archive.members()}
+    held = {
+        name: b"".join(archive.read(name)).decode(errors="surrogateescape")
+        for name in (_VERSION, _AUTO, _MAP)
+        if name in there
+    }
+    return held | ({_CONF: ""} if _CONF in there else {})
+
+
+def data_tar(archive: Archive, home: Home, held: Mapping[str, str]) -> Iterator[Bytes]:
+    """The base as it must lie in the container: the server's owner, tablespaces within the data directory. Without
+    what `last_files` writes."""
     path = ""
     for part in PurePosixPath(home.inside).parts:
         path += f"{part}/"
         yield home.entry(path, mode=0o700)
-    spaces: set[str] = set()
-    with open_tar(tar) as reading:
-        for one in reading:
-            content = reading.extractfile(one) if one.isfile() else None
-            if one.name in (_VERSION, _AUTO) and content is not None:
-                held[one.name] = content.read().decode(errors="surrogateescape")
-                continue
-            if one.name in _DROPPED:
-                continue
-            if one.name == "postgresql.conf":
-                held[one.name] = ""  # it stays as it is
-            folder, _, rest = one.name.partition(f"{TABLESPACES}/")
-            if not folder and rest:
-                oid = rest.partition("/")[0]
-                if oid not in spaces:
-                    yield from _space(home, oid, first=not spaces)
-                    spaces.add(oid)
-                one.name = f"{_SPACES}/{rest}"
-            if one.name == _MAP and content is not None:
-                text = _moved(content.read().decode(), home.data).encode()
-                yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
-                continue
-            yield _owned(one, home)
-            while content is not None and (piece := content.read(_CHUNK)):
-                yield piece
-            yield padding(one.size if content is not None else 0)
-    yield END
+    for folder in _space_folders(archive.members()):
+        yield home.entry(f"{home.inside}{folder}/", mode=0o700)
+    if _MAP in held:
+        text = _moved(held[_MAP], home.data).encode()
+        yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
+    yield from archive.tar(lambda member: _placed(member, home))
 
 
-def _space(home: Home, oid: str, *, first: bool) -> Iterator[bytes]:
-    if first:
-        yield home.entry(f"{home.inside}{_SPACES}/", mode=0o700)
-    yield home.entry(f"{home.inside}{_SPACES}/{oid}/", mode=0o700)
+def _space_folders(members: Iterable[Member]) -> list[str]:
+    oids = dict.fromkeys(
+        member.name.split("/")[1] for member in members if member.name.startswith(f"{TABLESPACES}/")
+    )
+    return [_SPACES, *(f"{_SPACES}/{oid}" for oid in oids)] if oids else []
 
 
 def _moved(text: str, data: str) -> str:
@@ -308,11 +301,14 @@ def _moved(text: str, data: str) -> str:
     return "".join(f"{oid} {data}/{_SPACES}/{oid}\n" for oid in oids)
 
 
-def _owned(one: TarInfo, home: Home) -> bytes:
-    one.name = home.inside + one.name
-    one.uid, one.gid, one.uname, one.gname = home.uid, home.gid, "", ""
-    one.mtime, one.pax_headers = int(one.mtime), {}
-    return one.tobuf(PAX_FORMAT)
+def _placed(member: Member, home: Home) -> Member | None:
+    """None for what is left out or written anew."""
+    name = member.name
+    if name in _ANEW:
+        return None
+    if name.startswith(f"{TABLESPACES}/"):
+        name = _SPACES + name.removeprefix(TABLESPACES)
+    return replace(member, name=home.inside + name, uid=home.uid, gid=home.gid)
 
 
 def last_files(
@@ -329,8 +325,8 @@ def last_files(
         **target.setting(point, replayed),
     }
     files: dict[str, str] = {}
-    if "postgresql.conf" not in held:  # it lay outside the data directory
-        files["postgresql.conf"] = "# Made by backupd: the server's own lay outside its data directory\n"
+    if _CONF not in held:  # it lay outside the data directory
+        files[_CONF] = "# Made by backupd: the server's own lay outside its data directory\n"
     files |= {
         _HBA: LET_IN,
         _AUTO: configuration(held.get(_AUTO, ""), own),

@@ -80,6 +80,8 @@ class Segments:
             yield ended
         view = memoryview(data)
         while view:
+            if not self._segment:
+                self._segment = bytearray(self._size)  # not before it is needed: the one before may be gone by now
             at = start % self._size
             count = min(len(view), self._size - at)
             self._segment[at : at + count] = view[:count]
@@ -101,7 +103,6 @@ class Segments:
         if self.position is None:
             self._system, self._timeline = system, timeline
             self._front = start % self._size
-            self._segment = bytearray(self._size)
             self.position = start
         if system != self._system or timeline < self._timeline:
             raise Damaged(f"the log goes on with another cluster's: {epoch}")
@@ -116,12 +117,12 @@ class Segments:
         ended = None
         if start % self._size:
             ended = self._full(start - start % self._size)
-            self._segment[:] = ended[1]
+            self._segment = ended[1][:]
         self._timeline = timeline
         return ended
 
     def _full(self, start: int) -> tuple[str, bytearray]:
-        done, self._segment = self._segment, bytearray(self._size)
+        done, self._segment = self._segment or bytearray(self._size), bytearray()
         if self._front:
             self._make_front(done, start)
             self._front = 0

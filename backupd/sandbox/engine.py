@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backupd.errors import BackupdError, ContainerError
-from backupd.model import Progress, Silence
+from backupd.model import Bytes, Progress, Silence
 from backupd.sandbox.said import ended_badly
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class Engine:
         argv: Sequence[str],
         *,
         volumes: Mapping[str, tuple[str, str]],
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[bytes]:
         """Run a program in a throwaway container and yield its stdout.
