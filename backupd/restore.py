@@ -438,8 +438,10 @@ class Told:
     def read(self, name: str) -> Iterator[bytes]:
         return self._count(self._archive.read(name))
 
-    def tar(self, change: Callable[[Member], Member | None] | None = None) -> Iterator[Bytes]:
-        return self._count(self._archive.tar(change))
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        return self._count(self._archive.tar(change, end=end))
 
     def extract(self, into: Path) -> list[str]:
         self.warnings += self._archive.extract(into)

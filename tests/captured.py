@@ -49,7 +49,9 @@ class Held:
         for at in range(0, len(content), 100_000):
             yield content[at : at + 100_000]
 
-    def tar(self, change: Callable[[Member], Member | None] = lambda member: member) -> Iterator[bytes]:
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[bytes]:
         """The tree as it was captured, with what `change` makes of name, owner and mode."""
         out = io.BytesIO()
         with (
@@ -58,12 +60,15 @@ class Held:
         ):
             for one in tar:
                 kind = MemberType.DIRECTORY if one.isdir() else MemberType.FILE
-                found = change(Member(one.name, kind, one.size, one.mode, one.uid, one.gid, 0))
+                member = Member(one.name, kind, one.size, one.mode, one.uid, one.gid, 0)
+                found = change(member) if change else member
                 if found is not None:
                     one.name, one.mode, one.uid, one.gid = found.name, found.mode, found.uid, found.gid
                     made.addfile(one, tar.extractfile(one) if one.isfile() else None)
-        for at in range(0, out.tell(), 100_000):
-            yield out.getbuffer()[at : at + 100_000].tobytes()
+            length = out.tell()
+        whole = out.getvalue() if end else out.getvalue()[:length]
+        for at in range(0, len(whole), 100_000):
+            yield whole[at : at + 100_000]
 
     def extract(self, into: Path) -> tuple[str, ...]:
         """As the archive does, near enough."""

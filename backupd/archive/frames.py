@@ -112,20 +112,13 @@ class FrameReader:
         except Damaged as error:
             raise Damaged(f"frame {number} of the pack {pack}: {error.message}") from None
 
-    def check(self, data: bytes | memoryview, blob: Blob, pack: str) -> memoryview:
-        """One blob of a frame, compared with its digest. Raises Damaged."""
-        offset, length, digest = blob
-        part = memoryview(data)[offset : offset + length]
-        if len(part) != length or self._repository.codec.digest(part) != digest:
-            raise Damaged(f"content in the pack {pack} is not what was written")
-        return part
-
     def _together(self, data: bytes, blobs: list[Blob], pack: str) -> Iterator[memoryview]:
         """Blobs that lie side by side in one piece, each compared with its digest. Raises Damaged."""
-        view = memoryview(data)
+        view, digest = memoryview(data), self._repository.codec.digest
         for start, end in side_by_side(blobs):
-            for blob in blobs[start:end]:
-                self.check(view, blob, pack)
+            for offset, length, name in blobs[start:end]:
+                if digest(part := view[offset : offset + length]) != name or len(part) != length:
+                    raise Damaged(f"content in the pack {pack} is not what was written")
             yield view[blobs[start][0] : blobs[end - 1][0] + blobs[end - 1][1]]
 
     def stream(self, requests: Iterable[Request[T]]) -> Iterator[tuple[T, memoryview | None]]:

@@ -88,10 +88,12 @@ class PointArchive:
         blobs = (bytes(part) for _, part in self.frames.stream([(None, pieces)]) if part is not None)
         yield from blobs if extents is None else _with_holes(blobs, extents, row[SIZE])
 
-    def tar(self, change: Callable[[Member], Member | None] | None = None) -> Iterator[Bytes]:
-        return _gathered(self._tar(change))
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        return _gathered(self._tar(change, tar.END if end else b""))
 
-    def _tar(self, change: Callable[[Member], Member | None] | None) -> Iterator[Bytes]:
+    def _tar(self, change: Callable[[Member], Member | None] | None, end: bytes) -> Iterator[Bytes]:
         def requests() -> Iterator[tuple[tuple[Member, Row], Pieces | None]]:
             for path, row, packs in self._rows():
                 member: Member | None = member_of(path, row)
@@ -109,7 +111,7 @@ class PointArchive:
                 yield _tar_header(member, row)
             else:
                 yield part
-        yield bytes(pad) + tar.END
+        yield bytes(pad) + end
 
     def extract(self, into: Path) -> list[str]:
         from backupd.archive.extract import Extraction

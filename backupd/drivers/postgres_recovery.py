@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
-from backupd.drivers._tarstream import END, entry, first_file, open_tar, padding
+from backupd.drivers._tarstream import entry, first_file, open_tar, padding
 from backupd.drivers.postgres_base import TABLESPACES
 from backupd.drivers.postgres_replication import position_of, position_text
 from backupd.drivers.postgres_sql import number
@@ -177,8 +177,11 @@ class Replayed:
 def wal_files(
     logs: Iterable[tuple[LogSpan, bytes]], point: RecoveryPoint, replayed: Replayed
 ) -> Iterator[tuple[str, bytes | bytearray]]:
-    """Segment files and a history file, by name. Raises RestoreFailed where the log does not reach from the base's
-    start to its end, Damaged for a hole: recovery itself cannot tell a hole from the end."""
+    """Segment files and a history file, by name, each the caller's until the next is asked for.
+
+    Raises RestoreFailed where the log does not reach from the base's start to its end, Damaged for a hole: recovery
+    itself cannot tell a hole from the end.
+    """
     of = point.attributes
     start, end = number(of.get("start")), number(of.get("end"))
     segments = Segments(number(of.get("wal_segment_size")) or 16 << 20, number(of.get("major")))
@@ -230,12 +233,11 @@ class Home:
         return entry(name, size=size, mode=mode, uid=self.uid, gid=self.gid)
 
     def files(self, files: Iterable[tuple[str, bytes | bytearray]], below: str = "") -> Iterator[Bytes]:
-        """A tar of small files."""
+        """Entries of a tar, without its end."""
         for name, content in files:
             yield self.entry(below + name, size=len(content))
             yield memoryview(content)
             yield padding(len(content))
-        yield END
 
 
 def find_home(container: Container) -> Home:
@@ -274,8 +276,8 @@ def held_in(archive: Archive) -> dict[str, str]:
 
 
 def data_tar(archive: Archive, home: Home, held: Mapping[str, str]) -> Iterator[Bytes]:
-    """The base as it must lie in the container: the server's owner, tablespaces within the data directory. Without
-    what `last_files` writes."""
+    """The base as it must lie in the container: the server's owner, tablespaces within the data directory, without
+    what `last_files` writes. A tar without its end."""
     path = ""
     for part in PurePosixPath(home.inside).parts:
         path += f"{part}/"
@@ -285,7 +287,7 @@ def data_tar(archive: Archive, home: Home, held: Mapping[str, str]) -> Iterator[
     if _MAP in held:
         text = _moved(held[_MAP], home.data).encode()
         yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
-    yield from archive.tar(lambda member: _placed(member, home))
+    yield from archive.tar(lambda member: _placed(member, home), end=False)
 
 
 def _space_folders(members: Iterable[Member]) -> list[str]:
@@ -312,14 +314,21 @@ def _placed(member: Member, home: Home) -> Member | None:
 
 
 def last_files(
-    point: RecoveryPoint, home: Home, held: Mapping[str, str], target: Target, replayed: Replayed
+    point: RecoveryPoint,
+    home: Home,
+    held: Mapping[str, str],
+    target: Target,
+    replayed: Replayed,
+    kernel: tuple[int, ...] = (),
 ) -> list[tuple[str, bytes]]:
     """What makes the container's data directory a cluster that recovers to the target; PG_VERSION at the end."""
     if _VERSION not in held:
         raise RestoreFailed("the archive holds no data directory of PostgreSQL", hint="run backupd verify")
-    kept = point.attributes.get("settings")
+    of = point.attributes
+    kept = of.get("settings")
     own = {
         **({name: str(value) for name, value in kept.items()} if isinstance(kept, dict) else {}),
+        **syncing(number(of.get("major")), kernel),
         "hba_file": f"{home.data}/{_HBA}",
         "recovery_target_timeline": str(replayed.timeline),  # the default, `latest`, may be another branch
         **target.setting(point, replayed),
@@ -335,6 +344,12 @@ def last_files(
         _VERSION: held[_VERSION],
     }
     return [(name, text.encode(errors="surrogateescape")) for name, text in files.items()]
+
+
+def syncing(major: int, kernel: tuple[int, ...]) -> dict[str, str]:
+    """How the server makes its files durable before it replays: file by file, a millisecond each where a disk's cache
+    is flushed for every one, or all at once. Before Linux 5.8 the latter does not tell of failures. Pure."""
+    return {"recovery_init_sync_method": "syncfs"} if major >= 14 and kernel >= (5, 8) else {}
 
 
 def _report(point: RecoveryPoint, target: Target, replayed: Replayed) -> dict[str, Json]:

@@ -70,6 +70,10 @@ class DockerContainer:
         return bool(self.inspect()["State"]["Running"])
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        return self._engine.kernel
+
+    @property
     def exit_code(self) -> int:
         """Of its last end."""
         return int(self.inspect()["State"]["ExitCode"])

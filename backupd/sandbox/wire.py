@@ -30,12 +30,8 @@ RECEIVE = 1 << 18  # a Unix socket hands out some 200 KiB at a time; frames are 
 def in_blocks(chunks: Iterable[Bytes]) -> Iterator[Bytes]:
     """The same bytes, at most BLOCK at a time."""
     for chunk in chunks:
-        if len(chunk) <= BLOCK:
-            yield chunk
-            continue
-        view = memoryview(chunk)
-        for at in range(0, len(view), BLOCK):
-            yield view[at : at + BLOCK]
+        for at in range(0, len(chunk), BLOCK):
+            yield memoryview(chunk)[at : at + BLOCK]
 
 
 class Demultiplexer:
