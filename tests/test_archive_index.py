@@ -90,6 +90,22 @@ def test_the_pages_of_a_pack_are_read_in_one_request(engine: Engine, monkeypatch
     assert len(requests) == 3
 
 
+def test_pages_that_are_asked_for_to_and_fro_are_read_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was moved lies in another order than its earlier point."""
+    monkeypatch.setattr("backupd.archive.index.RUN_SIZE", 1)  # each page a run
+    [manifest] = engine.repository.manifests(engine.source)
+    reader = PageReader(
+        engine.repository, manifest.point.source, manifest.pages, damaged=lambda e: pytest.fail(str(e))
+    )
+    requests = requests_of(engine, monkeypatch)
+    for _ in range(5):
+        for number in (0, 3, 1, 2):
+            assert reader.page(number).dirs
+    assert len(requests) == 4
+
+
 def test_a_damaged_page_is_told_and_those_beside_it_are_read(engine: Engine) -> None:
     [manifest] = engine.repository.manifests(engine.source)
     source, bad = manifest.point.source, manifest.pages[1]

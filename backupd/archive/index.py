@@ -18,6 +18,8 @@ from backupd.repository import PageRef, Repository
 
 RUN_SIZE = 256 << 10
 """Bytes of one request for pages, some thirty of them."""
+_KEPT = 8
+"""Runs held as they are stored: what was moved lies in another order now, and is asked for to and fro."""
 
 
 def runs(pages: Iterable[PageRef]) -> Iterator[list[PageRef]]:
@@ -83,12 +85,15 @@ class PageReader:
         self._coming: dict[int, Future[list[bytes]]] = {}
 
     def page(self, number: int) -> Page:
-        """One page; what lies beside it is kept for what is asked next."""
+        """One page; what lies beside it is kept for what is asked next, and some that were asked for before."""
         index = self._run_of[number]
         first, run = self._runs[index]
-        if index not in self._read:
-            self._read = {index: self._fetch(index)}
-        stored = self._read[index]
+        stored = self._read.pop(index, None)
+        if stored is None:
+            stored = self._fetch(index)
+            if len(self._read) == _KEPT:
+                del self._read[next(iter(self._read))]  # the one that was asked for longest ago
+        self._read[index] = stored
         return self._decode(run[number - first], stored[number - first]) if stored else Page([], [])
 
     def all(self) -> Iterator[Page]:
