@@ -83,7 +83,7 @@ class Segments:
         while view:
             at = start % self._size
             count = min(len(view), self._size - at)
-            self._segment[at : at + count] = view[:count]
+            self._room[at : at + count] = view[:count]
             start += count
             view = view[count:]
             self.position = start
@@ -104,6 +104,7 @@ class Segments:
             self._system, self._timeline = system, timeline
             self._front = start % self._size
             self._segment = bytearray(self._size)
+            self._room = memoryview(self._segment)  # a slice of the bytearray itself would be copied twice
             self.position = start
         if system != self._system or timeline < self._timeline:
             raise Damaged(f"the log goes on with another cluster's: {epoch}")
@@ -121,7 +122,7 @@ class Segments:
         return ended
 
     def _made(self, start: int, filled: int) -> tuple[str, bytearray]:
-        self._segment[filled:] = bytes(self._size - filled)
+        self._room[filled:] = bytes(self._size - filled)
         if self._front:
             self._make_front(self._segment, start)
             self._front = 0
