@@ -240,7 +240,7 @@ class PostgresPhysical:
             source.server, source.slot, interval=interval, catch_up=source.max_rate / CATCH_UP
         )
 
-    def retained(self) -> Retained | None:
+    def retained(self, since: LogSpan | None = None) -> Retained | None:  # noqa: ARG002  the slot knows
         """What the slot holds back on the server. Raises CaptureFailed."""
         with failing_as(CaptureFailed, "PostgreSQL does not tell what it keeps"):
             return retained_by(self._source.server(), self._source.slot)

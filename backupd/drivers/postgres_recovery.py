@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
@@ -310,7 +310,7 @@ def _placed(member: Member, home: Home) -> Member | None:
         return None
     if name.startswith(f"{TABLESPACES}/"):
         name = _SPACES + name.removeprefix(TABLESPACES)
-    return replace(member, name=home.inside + name, uid=home.uid, gid=home.gid)
+    return member._replace(name=home.inside + name, uid=home.uid, gid=home.gid)
 
 
 def last_files(

@@ -2,9 +2,11 @@
 
 from backupd.logs import check
 from backupd.logs.check import check_logs
+from backupd.logs.claim import Claim
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
+    anchored,
     check_log,
     reached,
     read_logs,
@@ -16,9 +18,11 @@ from backupd.logs.writer import LogWriter, Recorded, put_mark
 
 __all__ = [
     "LOG_FOLDER",
+    "Claim",
     "Compaction",
     "LogWriter",
     "Recorded",
+    "anchored",
     "check",
     "check_log",
     "check_logs",

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd.errors import BackupdError, ContainerError
 from backupd.model import Bytes, Progress, Silence
@@ -30,8 +30,7 @@ HELPER = "backupd.helper"
 DOCKER_HOST_HINT = "start Docker, or set DOCKER_HOST; in a container, mount /var/run/docker.sock"
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """Something mounted in a container."""
 
     kind: str
