@@ -22,7 +22,8 @@ LOG_FOLDER = "backupd-log"
 
 AGAIN = 3
 """Times that what was planned is looked for anew, when compaction was faster."""
-_NAP = 0.5
+_NAPS = (0.05, 0.5)
+"""Seconds between two looks for a log that is waited for: the first, and the longest. Each lists what is stored."""
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
@@ -174,9 +175,11 @@ def wait_for_logs(
     """Whether everything a new point needs of the log is stored, or came to be within some seconds: another thread
     or another process records it."""
     end = time.monotonic() + seconds
+    nap, longest = _NAPS
     while not any(chain.covers(need) for chain in chains(*repository.logs(source))):
-        if time.monotonic() >= end or stop.wait(_NAP):
+        if time.monotonic() >= end or stop.wait(nap):
             return False
+        nap = min(2 * nap, longest)
     return True
 
 
