@@ -25,6 +25,7 @@ from backupd.log import carry
 from backupd.logs import LOG_FOLDER, check_logs, read_logs, write_logs
 from backupd.model import (
     Archive,
+    Bytes,
     Clock,
     Container,
     ContainerSpec,
@@ -44,6 +45,7 @@ from backupd.repository import Repository
 from backupd.waiting import Ready, start
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Bytes)
 
 Watch = Callable[[Step], Progress]
 """Who is told of the work on one source."""
@@ -151,7 +153,7 @@ def _into_sandbox(
 ) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     spec = driver.home(step.point)
     progress.stage(f"making a container of {spec.image}")
     with making:
@@ -186,7 +188,7 @@ def restore_to_container(
             f"{container.name} is running; {driver.kind} is restored before the first start",
             hint=f"make a fresh one with `docker create`, or stop it: docker stop {container.name}",
         )
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     if spec.load_while == "running" and not container.running:
         container.start()
     restored = _load(step, driver, archive, spec, container, ready, work, progress, begun)
@@ -274,7 +276,7 @@ def restore_to_directory(plan: RestorePlan, root: Path, work: Work) -> RestoreRe
 def _into_directory(step: Step, into: Path, work: Work) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     partial = into.with_name(into.name + ".partial")
     try:
         partial.mkdir()
@@ -357,7 +359,7 @@ def export_to_file(archive: Archive, target: Path, progress: Progress) -> None:
 # --- what they share -----------------------------------------------------------------------------------
 
 
-def open_step(step: Step, work: Work) -> Archive:
+def open_step(step: Step, work: Work, progress: Progress) -> Archive:
     """A point without a member restores nothing, and to say that it succeeded would be a lie. A log that is damaged
     is told before anything begins."""
     work.check()
@@ -371,7 +373,9 @@ def open_step(step: Step, work: Work) -> Archive:
             f"the recovery point {step.point.id} of {step.source} holds nothing",
             hint=f"choose another: backupd list {step.source}",
         )
-    check_logs(work.repository, step.logs)
+    if step.logs:
+        progress.stage("checking the log")
+        check_logs(work.repository, step.logs, content=True, stop=work.check)
     return open_archive(work.repository, step.point)
 
 
@@ -436,8 +440,10 @@ class Told:
     def read(self, name: str) -> Iterator[bytes]:
         return self._count(self._archive.read(name))
 
-    def tar(self) -> Iterator[bytes]:
-        return self._count(self._archive.tar())
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        return self._count(self._archive.tar(change, end=end))
 
     def extract(self, into: Path) -> list[str]:
         self.warnings += self._archive.extract(into)
@@ -450,7 +456,7 @@ class Told:
             self._progress.advance(len(piece[1]))
             yield piece
 
-    def _count(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def _count(self, chunks: Iterator[B]) -> Iterator[B]:
         for chunk in chunks:
             self._work.check()
             self._progress.advance(len(chunk))

@@ -17,8 +17,15 @@ from hypothesis import strategies as st
 
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
-from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
-from backupd.drivers.postgres_recovery import Replayed, Target, configuration, replaying, wal_files
+from backupd.drivers.postgres_recorder import beginning, comparable, fork_of, slot_name
+from backupd.drivers.postgres_recovery import (
+    Replayed,
+    Target,
+    configuration,
+    replaying,
+    syncing,
+    wal_files,
+)
 from backupd.drivers.postgres_replication import (
     ServerRefused,
     System,
@@ -152,8 +159,12 @@ def test_pieces_become_whole_segments(sizes: list[int], length: int) -> None:
     data = bytes(range(256)) * (length // 256) + bytes(length % 256)
     start = 3 * SEGMENT
     segments = Segments(SEGMENT, 16)
-    made = [one for at, piece in cut(data, sizes) for one in segments.add("4711-1", start + at, piece)]
-    made += segments.finish()
+    made = [
+        (name, bytes(content))
+        for at, piece in cut(data, sizes)
+        for name, content in segments.add("4711-1", start + at, piece)
+    ]
+    made += [(name, bytes(content)) for name, content in segments.finish()]
     assert [name for name, _ in made] == [
         segment_name(1, start + n * SEGMENT, SEGMENT) for n in range(-(-length // SEGMENT))
     ]
@@ -194,7 +205,7 @@ def test_a_new_timeline_begins_with_what_the_segment_held() -> None:
     """The old one's segment stands as it is; the history file tells where it ended."""
     segments = Segments(SEGMENT, 16)
     list(segments.add("4711-1", 0, b"a" * 100))
-    ((old, before),) = segments.add("4711-2", 100, b"b" * 50)
+    ((old, before),) = ((name, bytes(one)) for name, one in segments.add("4711-2", 100, b"b" * 50))
     ((new, after),) = segments.finish()
     assert (old, new) == (segment_name(1, 0, SEGMENT), segment_name(2, 0, SEGMENT))
     assert before == b"a" * 100 + bytes(SEGMENT - 100)
@@ -248,6 +259,29 @@ def test_a_server_that_is_not_as_far_as_it_was_is_refused() -> None:
     with pytest.raises(ServerRefused, match="before what was recorded") as raised:
         beginning(since(901 * MIB, "4711-2"), NOW, 7 * SEGMENT, SEGMENT, {1: 200}.get)
     assert "promote" in raised.value.hint
+
+
+@given(st.integers(SEGMENT, 200 * SEGMENT), st.integers(SEGMENT, 200 * SEGMENT))
+def test_only_what_the_server_still_has_is_compared_where_its_slot_proves_nothing(
+    position: int, held: int
+) -> None:
+    """The slot's own segment and all behind it; of what the slot left behind, the segment before and no more."""
+    sizes = comparable(position, held, SEGMENT)
+    assert sizes == sorted(sizes)
+    first = held if held <= position else position - SEGMENT
+    assert position - sizes[-1] >= min(first // SEGMENT, (position - 1) // SEGMENT) * SEGMENT
+    assert sizes[-1] > 0 or held == position
+
+
+def test_at_a_segments_front_what_lies_before_it_is_compared_unless_the_slot_stands_there() -> None:
+    front = 5 * SEGMENT
+    assert comparable(front, front, SEGMENT) == [0]
+    assert comparable(front, front - 1, SEGMENT) == [0, 8192, SEGMENT]
+    assert comparable(front, 3 * SEGMENT + 5, SEGMENT) == [0, 8192, 2 * SEGMENT]
+    assert comparable(front, front + 40, SEGMENT) == [0, 8192, SEGMENT]
+    assert comparable(front + 100, front + 100, SEGMENT) == [100]
+    assert comparable(front + 9000, front - 1, SEGMENT) == [8192, 8192, SEGMENT + 9000]
+    assert comparable(9 << 30, 5, SEGMENT)[-1] == 32 * MIB
 
 
 def test_a_slot_is_named_after_its_source_and_no_two_sources_share_one() -> None:
@@ -349,6 +383,17 @@ def test_the_target_that_is_set_comes_last_in_the_configuration() -> None:
     assert lines[-1] == "recovery_target_name = 'it''s'"
     assert lines.index("recovery_target_xid = ''") > lines.index("recovery_target_xid = '5'")
     assert "archive_mode = 'off'" in lines
+
+
+@pytest.mark.parametrize(
+    ("major", "kernel", "at_once"),
+    [(13, (6, 1), False), (14, (5, 7), False), (14, (5, 8), True), (18, (6, 12), True), (18, (), False)],
+)
+def test_files_are_synced_at_once_where_failures_are_told(
+    major: int, kernel: tuple[int, ...], at_once: bool
+) -> None:
+    """Version 13 does not know the setting, Linux before 5.8 says nothing of a write that failed."""
+    assert bool(syncing(major, kernel)) == at_once
 
 
 # --- how a base backup is asked for -------------------------------------------------------------------------
@@ -461,6 +506,7 @@ class Still:
 
     name = "still"
     env: ClassVar = {"PGDATA": "/var/lib/postgresql/18/docker"}
+    kernel = (6, 1)
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[bytes, int, int]] = {}
@@ -509,6 +555,7 @@ def test_a_base_and_its_log_lie_where_a_fresh_server_looks() -> None:
     assert container.files[f"{data}/pg_wal/{segment_name(1, 0, SEGMENT)}"][0][: len(log)] == log
     assert f"{data}/standby.signal" not in container.files
     assert f"{data}/recovery.signal" in container.files
+    assert f"{data}/postgresql.conf" in container.files
     auto = container.files[f"{data}/postgresql.auto.conf"][0].decode()
     assert auto.startswith("work_mem = '8MB'\n")
     assert auto.endswith("recovery_target_time = '2026-11-26 12:00:02.000000+00'\n")

@@ -106,12 +106,15 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
         time.sleep(1.5)
         first = datetime.now(UTC)
         time.sleep(1)
+        (told,) = home.ok("status", "--json").json
+        assert told["retained"]["size"] < 1 << 20 < told["retained"]["room"]
     time.sleep(2)
     second = datetime.now(UTC)  # nobody records now: the server's backlog keeps it
     time.sleep(1)
     with serving(home) as agent:
-        again = datetime.now(UTC)
-        bed.wait_until(lambda: window_end(home, "cart") > again, timeout=60, what="the second agent")
+        again = second + timedelta(seconds=1)
+        bed.wait_until(lambda: window_end(home, "cart") > again, timeout=60, what=f"the log from {again} on")
+        time.sleep(0.5)
         third = datetime.now(UTC)
         time.sleep(1)
         stop.set()

@@ -6,11 +6,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd import log
 from backupd.agent.findings import Finding, found_at
@@ -71,8 +70,7 @@ def secrets_of(config: Config) -> list[str]:
     return [secret.get_secret_value() for secret in found if secret is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one source: a run, or why there is none."""
 
     source: str
@@ -434,10 +432,9 @@ class Agent:
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
         recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
-        retained = retained_of_all(recorded, self.driver)
-        return protections(
-            self.config, newest, self.catalog, self.clock(), reached(repository, recorded), retained
-        )
+        logs = {name: repository.logs(name)[0] for name in recorded}
+        retained = retained_of_all(logs, self.driver)
+        return protections(self.config, newest, self.catalog, self.clock(), reached(logs), retained)
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import takewhile
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupd.chain import Need, chains, cover, still_there
 from backupd.errors import Damaged, ObjectMissing
-from backupd.logs.piece import HEAD, Header, decode, decode_header, header_length
+from backupd.logs.piece import HEAD, Header, decode, decode_frame, decode_header, header_length
 from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
@@ -22,7 +22,8 @@ LOG_FOLDER = "backupd-log"
 
 AGAIN = 3
 """Times that what was planned is looked for anew, when compaction was faster."""
-_NAP = 0.5
+_NAPS = (0.05, 0.5)
+"""Seconds between two looks for a log that is waited for: the first, and the longest. Each lists what is stored."""
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
@@ -97,23 +98,32 @@ def read_tail(repository: Repository, span: LogSpan, size: int) -> bytes:
     header = read_header(repository, span)
     if not header.frames:
         return b""
-    frame, codec = header.frames[-1], repository.codec
+    frame = header.frames[-1]
     stored = repository.read_log(span, offset=header.stored - frame.length, length=frame.length)
-    data = codec.decode(stored, frame.size)
-    if codec.digest(data).hex() != frame.digest:
-        raise _named(span, Damaged("its content is not what was written"))
-    return data[-size:]
-
-
-def check_log(repository: Repository, span: LogSpan) -> Header:
-    """Its header, after it was compared with the name and the length of the object: a torn one is found without
-    reading it. Raises Damaged, ObjectMissing."""
     try:
-        header = read_header(repository, span)
+        return decode_frame(repository.codec, stored, frame)[-size:]
+    except Damaged as error:
+        raise _named(span, error) from None
+
+
+def check_log(repository: Repository, span: LogSpan, *, content: bool = False) -> Header:
+    """Its header, after it was compared with the name and the length of the object: a torn one is found without
+    reading it. With `content` every frame is read, one at a time, and compared with its digest. Raises Damaged,
+    ObjectMissing."""
+    try:
+        head = read_head(repository, span)
+        header = decode_header(repository.codec, head)
         if header.stored != span.size:
             raise Damaged(f"it has {span.size:,} bytes instead of {header.stored:,}")
         if header.size != span.end - span.start:
             raise Damaged(f"it holds {header.size:,} bytes of the log instead of {span.end - span.start:,}")
+        at = header.length
+        for frame in header.frames if content else ():
+            end = at + frame.length
+            within = end <= len(head)  # small objects came whole
+            stored = head[at:end] if within else repository.read_log(span, offset=at, length=frame.length)
+            decode_frame(repository.codec, stored, frame)
+            at = end
     except Damaged as error:
         raise _named(span, error) from None
     return header
@@ -134,10 +144,15 @@ def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
 
 def read_header(repository: Repository, span: LogSpan | LogMark) -> Header:
     """Raises Damaged, ObjectMissing."""
+    return decode_header(repository.codec, read_head(repository, span))
+
+
+def read_head(repository: Repository, span: LogSpan | LogMark) -> bytes:
+    """The front of an object, its header at least. Raises Damaged, ObjectMissing."""
     head = repository.read_log(span, length=HEAD)
     if header_length(head) > len(head) >= HEAD:
         head = repository.read_log(span, length=header_length(head))
-    return decode_header(repository.codec, head)
+    return head
 
 
 def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> list[LogSpan]:
@@ -155,11 +170,10 @@ def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> 
     return found
 
 
-def reached(repository: Repository, sources: Iterable[str]) -> dict[str, datetime]:
-    """The newest anchor of each log that has any: up to when a restore would come."""
+def reached(logs: Mapping[str, Iterable[LogSpan]]) -> dict[str, datetime]:
+    """The newest anchor of each source's log that has any: up to when a restore would come. Pure."""
     found = {}
-    for source in sources:
-        spans, _ = repository.logs(source)
+    for source, spans in logs.items():
         newest = max((span.anchor.at for span in spans if span.anchor), default=None)
         if newest is not None:
             found[source] = newest
@@ -172,16 +186,18 @@ def wait_for_logs(
     """Whether everything a new point needs of the log is stored, or came to be within some seconds: another thread
     or another process records it."""
     end = time.monotonic() + seconds
+    nap, longest = _NAPS
     while not any(chain.covers(need) for chain in chains(*repository.logs(source))):
-        if time.monotonic() >= end or stop.wait(_NAP):
+        if time.monotonic() >= end or stop.wait(nap):
             return False
+        nap = min(2 * nap, longest)
     return True
 
 
 def _named(span: LogSpan, error: Damaged) -> Damaged:
     return Damaged(
         f"the log {log_key(span)} is damaged: {error.message}",
-        hint="`backupd verify` tells up to when a restore comes; copy that object from another copy",
+        hint="copy that object from another copy",
     )
 
 
