@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,7 +15,6 @@ from backupd.archive import ArchiveWriter, Written, open_archive, write_archive
 from backupd.archive.patterns import escape
 from backupd.chain import need_in
 from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Damaged, Locked, StoreError
-from backupd.logs import wait_for_logs
 from backupd.model import (
     Archive,
     Capture,
@@ -157,6 +155,8 @@ def _wait_for_log(
     need = need_in(capture.attributes)
     if need is None:
         return ()
+    from backupd.logs import wait_for_logs
+
     progress.stage(f"{source}: waiting for its log")
     patience = (
         _LOG_PATIENCE if capture.attributes.get("recorded", True) else 0.0
@@ -196,7 +196,7 @@ def _without_repository(capture: Capture, repository: Repository) -> Content:
         inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())
     except ValueError:
         return content
-    return replace(content, exclude=(*content.exclude, f"/{escape(str(inside))}/"))
+    return content._replace(exclude=(*content.exclude, f"/{escape(str(inside))}/"))
 
 
 def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:

@@ -7,10 +7,9 @@ overlap, one may lie in another: compaction writes the large one before it remov
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from backupd.model import Json, LogMark, LogSpan, RecoveryPoint
 
@@ -22,8 +21,7 @@ Place: TypeAlias = "tuple[str, str, int]"
 """Source, epoch, position."""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """[start, end) of an epoch: the log that a restore of a point cannot do without; a part of a chain."""
 
     epoch: str
@@ -31,8 +29,7 @@ class Need:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """[start, end) of a log, without a hole."""
 
     source: str
@@ -154,12 +151,16 @@ def needs_base(
     position: int,
     marks: Iterable[LogMark] = (),
 ) -> bool:
-    """Whether what is recorded from this position on continues no point: then nothing of it could be restored."""
+    """Whether what is recorded from this position on continues no point: then nothing of it could be restored. A point
+    that begins there, or behind, can be restored once so much is recorded."""
+    known = list(points)
+    needs = [need for point in known if (need := need_of(point))]
+    if any(need.epoch == epoch and need.start >= position for need in needs):
+        return False
     if any((mark.epoch, mark.position, mark.after) == (epoch, position, "") for mark in marks):
-        begun = [need for point in points if (need := need_of(point))]
-        return not any(need.epoch == epoch and need.start >= position for need in begun)
+        return True
     held = [chain for chain in among if chain.holds(Need(epoch, position, position))]
-    return not any(chain_of(point, held[-1:]) for point in points)
+    return not any(chain_of(point, held[-1:]) for point in known)
 
 
 def still_there(chain_spans: Sequence[LogSpan], among: Iterable[Chain]) -> tuple[LogSpan, ...]:

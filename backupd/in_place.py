@@ -36,7 +36,7 @@ def restore_in_place(
             f"the driver {driver.kind} cannot restore into a running service",
             hint="restore into a sandbox, or a fresh container: --to container:NAME",
         )
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     with driver.standing() as service:
         safety = service.unfinished
         if safety is None:

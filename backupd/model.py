@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Facts: TypeAlias = Mapping[str, Json]
@@ -27,8 +27,7 @@ Clock: TypeAlias = Callable[[], datetime]
 # --- the store ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """One object, as a listing tells it."""
 
     key: str
@@ -131,8 +130,7 @@ class RecoveryPoint:
 # consistent there, and everything acknowledged before the point's instant lies at or before `end`.
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(NamedTuple):
     """All that was acknowledged before `at` lies at or before `position`."""
 
     at: datetime
@@ -145,8 +143,7 @@ class LogSpan:
 
     source: str
     epoch: str
-    """Positions of two epochs have nothing to do with each other. PostgreSQL: "<system identifier>-<timeline>";
-    Redis: the replication id. [A-Za-z0-9-]+"""
+    """Positions of two have nothing in common. PostgreSQL: "<system identifier>-<timeline>"; Redis: replication id."""
     start: int
     end: int
     anchor: Anchor | None
@@ -157,8 +154,7 @@ class LogSpan:
     """Exact, oldest first: those at or before its end that no earlier piece had. Only of a piece that was read."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogMark:
+class LogMark(NamedTuple):
     """What happened at a position of a log."""
 
     source: str
@@ -172,18 +168,19 @@ class LogMark:
 class LogSink(Protocol):
     """Where a recorder puts what it reads."""
 
+    def claim(self, server: str) -> None:
+        """Before all else: which running server is recorded, by a name that no copy of it has. Raises Locked."""
+
     def begin(self, epoch: str, position: int) -> None:
-        """What follows belongs to this epoch and begins there. Another epoch that begins where the one before ended,
-        without a gap between, continues it. Raises StoreError where more of the epoch is stored already: its log was
-        rewritten."""
+        """What follows belongs to this epoch and begins there. Where the one before ended, without a gap between, it
+        continues that. Raises StoreError where more of the epoch is stored already: its log was rewritten."""
 
     def piece(self, start: int, end: int, data: bytes) -> None:
         """Durable when it returns; only then may the source let it go. Each piece begins where the one before
         ended; the same again is no mistake. Raises StoreError."""
 
     def anchor(self, at: datetime, position: int) -> None:
-        """As `Anchor`: read the source's clock first, its position second. It counts once the log is stored up to
-        there. Raises StoreError."""
+        """As `Anchor`: the clock read first, then the position. Counts once so much is stored. Raises StoreError."""
 
     def last(self, belongs: Callable[[str], bool]) -> LogSpan | None:
         """Of epochs that belong, where the newest ends in what is stored."""
@@ -205,8 +202,7 @@ class Recorder(Protocol):
 # --- what a driver captures ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(NamedTuple):
     """A directory, read by the archive engine itself: every kind of entry, with what each carries."""
 
     root: Path
@@ -218,8 +214,7 @@ class Tree:
     one_file_system: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """Bytes of unknown length under a member name; `chunks` raises at its end if what made it ended badly."""
 
     name: str
@@ -227,15 +222,13 @@ class Stream:
     paged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
+class Streams(NamedTuple):
     """Streams, captured one after another; the iterator may start the next dump when it is asked for it."""
 
     streams: Iterable[Stream]
 
 
-@dataclass(frozen=True, slots=True)
-class TarStream:
+class TarStream(NamedTuple):
     """A tree that can only be had as a tar (GNU, pax) from elsewhere: a volume behind a helper container."""
 
     file: BinaryIO
@@ -277,8 +270,7 @@ class MemberType(StrEnum):
     BLOCK_DEVICE = "block-device"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One entry of an archive. `name` is relative, `/`-separated, undecodable bytes as surrogate escapes."""
 
     name: str
@@ -396,8 +388,7 @@ class Sandbox(Protocol):
 # --- drivers -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something `check` found, and how to mend it."""
 
     message: str
@@ -464,8 +455,7 @@ class RunStatus(StrEnum):
     RUNNING = "running"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One doing of a job: backup, restore, prune, verify; also one that should have happened and did not."""
 
     id: str

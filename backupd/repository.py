@@ -8,6 +8,7 @@ Layout (FORMAT.md has every byte):
     points/<source>/<start-utc>-<point-id>.json.zst  manifests: stored last, the only commit
     logs/<source>/<epoch>/<start>-<end>-<anchor>.zst pieces of a continuous source's log, and marks
     leases/<name>.json                               who may delete
+    leases/log/<source>.json                         whose log it is
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupd.codec import Codec, codec_named
 from backupd.errors import Damaged, NoRecoveryPoint, ObjectMissing, RepositoryMissing, UsageError
@@ -51,8 +52,7 @@ _LARGEST_MANIFEST = 1 << 30
 _READERS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class PackRef:
+class PackRef(NamedTuple):
     """A pack that a point needs."""
 
     name: str
@@ -64,9 +64,9 @@ class PackRef:
     """Of the directory, 32 hex digits. The directory holds the digests of everything else in the pack."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageRef:
-    """One slice of a tree's index, and where it lies."""
+class PageRef(NamedTuple):
+    """One slice of a tree's index, and where it lies. There are thousands: a tuple is made in a fifth of the time that
+    a frozen dataclass takes."""
 
     stat: str
     """Digest of the stat tuples it describes; empty where it can never be taken over unread."""
@@ -85,8 +85,7 @@ class PageRef:
     """Sum of its members' sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The written recovery point."""
 
     point: RecoveryPoint
@@ -336,6 +335,14 @@ class Repository:
         """The exclusive right to change what exists of a source. Raises Locked."""
         return self.store.lease(f"leases/{check_source(source)}.json")
 
+    def claim(self, source: str) -> bytes:
+        """What stands there of whose log it is. Raises ObjectMissing."""
+        return self.store.get(_claim_key(source))
+
+    def put_claim(self, source: str, data: bytes, *, new: bool) -> None:
+        """Raises ObjectExists where `new` and there is one."""
+        self.store.put(_claim_key(source), data, overwrite=not new)
+
 
 def check_source(name: str) -> str:
     """A source's name is part of keys. Raises UsageError."""
@@ -354,6 +361,10 @@ def point_key(point: RecoveryPoint) -> str:
 
 def pack_key(source: str, name: str) -> str:
     return f"packs/{check_source(source)}/{name}.zst"
+
+
+def _claim_key(source: str) -> str:
+    return f"leases/log/{check_source(source)}.json"
 
 
 def log_key(log: LogSpan | LogMark) -> str:

@@ -151,7 +151,7 @@ def _into_sandbox(
 ) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     spec = driver.home(step.point)
     progress.stage(f"making a container of {spec.image}")
     with making:
@@ -186,7 +186,7 @@ def restore_to_container(
             f"{container.name} is running; {driver.kind} is restored before the first start",
             hint=f"make a fresh one with `docker create`, or stop it: docker stop {container.name}",
         )
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     if spec.load_while == "running" and not container.running:
         container.start()
     restored = _load(step, driver, archive, spec, container, ready, work, progress, begun)
@@ -274,7 +274,7 @@ def restore_to_directory(plan: RestorePlan, root: Path, work: Work) -> RestoreRe
 def _into_directory(step: Step, into: Path, work: Work) -> Restored:
     begun = time.monotonic()
     progress = work.watch(step)
-    archive = open_step(step, work)
+    archive = open_step(step, work, progress)
     partial = into.with_name(into.name + ".partial")
     try:
         partial.mkdir()
@@ -357,7 +357,7 @@ def export_to_file(archive: Archive, target: Path, progress: Progress) -> None:
 # --- what they share -----------------------------------------------------------------------------------
 
 
-def open_step(step: Step, work: Work) -> Archive:
+def open_step(step: Step, work: Work, progress: Progress) -> Archive:
     """A point without a member restores nothing, and to say that it succeeded would be a lie. A log that is damaged
     is told before anything begins."""
     work.check()
@@ -371,7 +371,9 @@ def open_step(step: Step, work: Work) -> Archive:
             f"the recovery point {step.point.id} of {step.source} holds nothing",
             hint=f"choose another: backupd list {step.source}",
         )
-    check_logs(work.repository, step.logs)
+    if step.logs:
+        progress.stage("checking the log")
+        check_logs(work.repository, step.logs, content=True, stop=work.check)
     return open_archive(work.repository, step.point)
 
 

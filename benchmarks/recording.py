@@ -104,7 +104,8 @@ class _Home:
 
     def _caught_up(self, recorder: Mapping[str, Any]) -> bool:
         sql(self._name, "SELECT pg_current_xact_id();")  # so that there is something to be stored
-        return (recorder["rpo_seconds"] or 99) < 2
+        lost = recorder["rpo_seconds"]
+        return lost is not None and lost < 2
 
     def turn(self, clients: int, seconds: int) -> Turn:
         """As without it, recorded meanwhile."""

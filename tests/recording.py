@@ -42,6 +42,8 @@ class Account:
     kept: int = 0
     now: datetime = datetime(2026, 3, 1, 12, tzinfo=UTC)
     breaks: str = ""
+    server: str = "one"
+    """A copy is another."""
 
     @property
     def epoch(self) -> str:
@@ -134,6 +136,7 @@ class AccountRecorder:
         account = self.account
         if account.breaks:
             raise RuntimeError(account.breaks)
+        sink.claim(account.server)
         position = account.kept
         self.epoch = len(account.epochs) - 1
         if since is not None:

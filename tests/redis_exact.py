@@ -129,6 +129,9 @@ class Tape:
     epoch: str = ""
     begun: threading.Event = dataclasses.field(default_factory=threading.Event)
 
+    def claim(self, server: str) -> None:
+        assert server
+
     def begin(self, epoch: str, position: int) -> None:
         self.events.append(f"begin {epoch[:6]}")
         self.epoch = epoch

@@ -171,10 +171,12 @@ def test_a_torn_object_stops_a_restore_before_it_makes_anything(home: Home) -> N
     path.write_bytes(path.read_bytes()[:-3])
     assert home.run("verify").code == 22
     assert spans[2].anchor
-    ended = home.refused(
-        "restore", "acc", "--at", format_instant(spans[2].anchor.at), "--to", "dir:out", code=22
-    )
-    assert "is damaged" in ended.message
+    at = format_instant(spans[2].anchor.at)
+    for command in (["plan", "acc", "--at", at], ["restore", "acc", "--at", at, "--to", "dir:out"]):
+        ended = home.refused(*command, code=22)
+        assert "is damaged" in ended.message
+        assert spans[1].anchor
+        assert f"restores come up to {spans[1].anchor.at:%Y-%m-%d %H:%M:%S}" in ended.hint
     assert list((home.path / "out").iterdir() if (home.path / "out").exists() else []) == []
 
 
@@ -188,7 +190,9 @@ def test_a_doubled_object_is_told_and_one_that_differs_stops_a_restore(home: Hom
         repository.put_log(double, stored)
         assert home.run("verify").code == code
         assert span.anchor
-        ended = home.run("restore", "acc", "--at", format_instant(span.anchor.at), "--to", f"dir:out{code}")
+        at = format_instant(span.anchor.at)
+        assert home.run("plan", "acc", "--at", at).code == code
+        ended = home.run("restore", "acc", "--at", at, "--to", f"dir:out{code}")
         assert ended.code == code or (code, ended.code) == (0, 3)  # the log lies beside the files
         if code:
             assert "different bytes" in ended.message

@@ -270,13 +270,14 @@ def test_other_bytes_under_the_same_name_are_never_taken_for_ours(engine: Engine
 
 
 def test_what_is_stored_last_can_be_compared_with_what_the_source_has(engine: Engine) -> None:
-    """Of one piece, of a large one that compaction made, and behind an anchor alone."""
+    """Of one piece, of several, of a large one that compaction made, and behind an anchor alone."""
     assert LogWriter(engine.repository, "db").tail(EPOCH, 10) == b""
     assert LogWriter(engine.repository, "db").last(lambda _: True) is None
     write(engine, 100, 250).close()
     assert LogWriter(engine.repository, "db").tail(EPOCH, 30) == content(220, 250)
     assert LogWriter(engine.repository, "db").tail(EPOCH, 0) == b""
-    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(100, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 200) == content(50, 250)
+    assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(0, 250)
     assert LogWriter(engine.repository, "db").tail("another", 1000) == b""
     compact_logs(engine.repository, "db", progress=Silence())
     assert LogWriter(engine.repository, "db").tail(EPOCH, 1000) == content(0, 250)
@@ -300,8 +301,9 @@ def test_an_anchor_counts_once_the_log_is_stored_up_to_it(engine: Engine) -> Non
     sink = write(engine, 100)
     sink.anchor(at(200), 180)
     sink.anchor(at(201), 220)
+    assert sink.recorded.complete == at(100)
     sink.piece(100, 200, content(100, 200))
-    assert sink.recorded.reach == at(200)
+    assert sink.recorded.reach == sink.recorded.complete == at(200)
     sink.piece(200, 250, content(200, 250))
     assert sink.recorded.reach == at(201)
     assert chains(*engine.repository.logs("db"))[0].reach == at(201)
@@ -323,6 +325,7 @@ def test_an_idle_source_gets_an_anchor_a_minute_and_one_at_the_end(engine: Engin
     for second in range(150):
         time.now = second
         sink.anchor(at(second), 100)
+        assert sink.recorded.complete == at(second)  # nothing would be lost, whatever was put
     assert [s.anchor and s.anchor.at for s in engine.repository.logs("db")[0]] == [None, at(60), at(120)]
     sink.close()
     sink.close()
@@ -373,6 +376,7 @@ def test_an_anchor_right_behind_a_gap_never_prolongs_the_window_before_it(engine
     sink.begin(EPOCH, 100)
     time.now = 1000
     sink.anchor(at(500), 100)
+    assert sink.recorded.complete == at(1)
     sink.close()
     assert [c.reach for c in chains(*engine.repository.logs("db"))] == [at(1)]
 

@@ -278,6 +278,20 @@ def test_a_landing_earlier_than_planned_is_told() -> None:
     assert landed_early(whole, at(2).isoformat()) == []
 
 
+def test_a_landing_that_is_known_before_counts_as_skew_and_is_followed_to_all_the_same() -> None:
+    """Where the log has no times of its own, the restore ends at an anchor; it is asked for the instant itself."""
+    found = chains([span(0, 100, at(2)), span(100, 200, at(4))])
+    plan = plan_restore([based("a", at(1), 10, 20)], at(3), ["a"], logs=found)
+    known = replace(plan, steps=tuple(step.landing_at(at(2)) for step in plan.steps))
+    (step,) = known.steps
+    assert (step.lands_at, step.replay_to, step.skew) == (at(2), at(3), timedelta(hours=1))
+    assert known.effective == at(2)
+    refuse_skew(plan, timedelta(0))
+    with pytest.raises(NoRecoveryPoint, match="a lands at"):
+        refuse_skew(known, timedelta(minutes=59))
+    assert step.landing_at(at(2)) == step
+
+
 def test_a_little_more_of_the_log_is_replayed_from_than_the_anchors_ask_for() -> None:
     """A commit takes its time before it is written: it may lie behind the anchor."""
     logs = chains([span(0, 10, at(1)), span(10, 20, at(3)), span(20, 30, at(3, 0, 1)), span(30, 40, at(5))])

@@ -319,15 +319,19 @@ def test_a_restored_server_that_is_put_in_place_is_a_branch_of_its_own(
         put(service, 3, 4)  # the mistake
         time.sleep(0.05)
         mistaken = now()
-        time.sleep(0.5)  # an anchor behind it
+        until(lambda: (reach := state().reach) and reach > mistaken, "an anchor behind it")
+        restored = protected.restore(good, sandbox, "again")
+        assert rows(restored) == [1, 2]
+        host, port = restored.address(5432)
+        again = bed.Service(
+            service.container, restored.name, host, port, user="postgres", password=service.password, db="app"
+        )
+        driver = driver_of(again)
+        with protected.recording(driver) as second:  # while the first one lives
+            until(lambda: second().failures > 1, "its refusal")
+            assert "another server is recorded as orders now" in second().error
+        assert protected.repository.logs("orders")[1] == []
     service.container.stop()
-    restored = protected.restore(good, sandbox, "again")
-    assert rows(restored) == [1, 2]
-    host, port = restored.address(5432)
-    again = bed.Service(
-        service.container, restored.name, host, port, user="postgres", password=service.password, db="app"
-    )
-    driver = driver_of(again)
     with protected.recording(driver) as state:
         until(lambda: state().state == "recording", "the recorder of the second server")
         assert "left timeline 1" in state().error
@@ -394,7 +398,9 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
         put(service, 1)
     data = "/var/lib/postgresql/data"
     one(service, "SELECT pg_switch_wal()::text")
-    service.exec("sh", "-c", f"psql -U postgres -Atc CHECKPOINT && cp -a {data} /snapshot")
+    # Files go while they are copied: then once more.
+    snapshot = f"psql -U postgres -Atc CHECKPOINT; until rm -rf /snapshot && cp -a {data} /snapshot; do sleep 0.2; done"
+    service.exec("sh", "-c", snapshot)
     with protected.recording(driver) as state:
         until(lambda: state().state == "recording", "the recorder")
         put(service, *range(100))
@@ -403,9 +409,13 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
     end = max(span.end for span in before[0])
 
     def set_back() -> None:
-        service.exec(
-            "sh", "-c", f"mv {data}/postmaster.pid /tmp/ && rm -rf {data}/* && cp -a /snapshot/* {data}"
-        )
+        """A server that misses its postmaster.pid, for which it looks once a minute, ends in the middle of this."""
+        others = f"find {data} -mindepth 1 -maxdepth 1 ! -name postmaster.pid -exec rm -rf {{}} +"
+        service.exec("sh", "-c", f"{others} && cp -a /snapshot/* {data}")
+
+    def write_beyond(end: int) -> None:
+        while one(service, "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint") <= end + 50_000:
+            put(service, *range(1000, 1100))
 
     set_back()
     service.container.kill()
@@ -416,8 +426,7 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
     with protected.recording(driver) as state:
         until(lambda: state().failures > 1, "its refusal")
         assert "before what was recorded of it" in state().error
-        while one(service, "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint") <= end + 50_000:
-            put(service, *range(1000, 1100))
+        write_beyond(end)
         failures = state().failures
         until(lambda: state().failures > failures + 1, "its refusal further on")
         assert state().state == "failing"
@@ -434,6 +443,26 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
         protected.base(driver)
         put(service, 2000)
     assert protected.sound()
+    # Once more, where what was recorded ends with a segment: nothing of the next one tells anything yet.
+    service.exec("sh", "-c", snapshot)
+    with protected.recording(driver) as state:
+        until(lambda: state().state == "recording", "the recorder")
+        put(service, *range(3000, 3100))
+        one(service, "SELECT pg_switch_wal()::text")
+        until(lambda: state().position % (16 * MIB) == 0, "the segment's end")
+    before = protected.repository.logs("orders")
+    set_back()
+    service.container.kill()
+    service.container.start()
+    service.refresh_port(5432)
+    until(lambda: bed.postgres_version(service), "the server of before")
+    put(service, *range(4000, 4200))
+    one(service, "SELECT pg_switch_wal()::text")
+    write_beyond(max(span.end for span in before[0]))
+    with protected.recording(driver_of(service)) as state:
+        until(lambda: state().failures > 1, "its refusal behind the segment")
+        assert "has another log before" in state().error
+    assert protected.repository.logs("orders") == before
 
 
 # --- by the container's name ----------------------------------------------------------------------------------------

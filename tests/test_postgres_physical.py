@@ -46,6 +46,9 @@ class Log:
     begun: list[tuple[str, int]] = field(default_factory=list)
     broken: bool = False
 
+    def claim(self, server: str) -> None:
+        assert server
+
     def begin(self, epoch: str, position: int) -> None:
         self.begun.append((epoch, position))
         self.epoch, self.end = epoch, position

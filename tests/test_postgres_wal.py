@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
-from backupd.drivers.postgres_recorder import beginning, fork_of, slot_name
+from backupd.drivers.postgres_recorder import beginning, comparable, fork_of, slot_name
 from backupd.drivers.postgres_recovery import Replayed, Target, configuration, replaying, wal_files
 from backupd.drivers.postgres_replication import (
     ServerRefused,
@@ -248,6 +248,29 @@ def test_a_server_that_is_not_as_far_as_it_was_is_refused() -> None:
     with pytest.raises(ServerRefused, match="before what was recorded") as raised:
         beginning(since(901 * MIB, "4711-2"), NOW, 7 * SEGMENT, SEGMENT, {1: 200}.get)
     assert "promote" in raised.value.hint
+
+
+@given(st.integers(SEGMENT, 200 * SEGMENT), st.integers(SEGMENT, 200 * SEGMENT))
+def test_only_what_the_server_still_has_is_compared_where_its_slot_proves_nothing(
+    position: int, held: int
+) -> None:
+    """The slot's own segment and all behind it; of what the slot left behind, the segment before and no more."""
+    sizes = comparable(position, held, SEGMENT)
+    assert sizes == sorted(sizes)
+    first = held if held <= position else position - SEGMENT
+    assert position - sizes[-1] >= min(first // SEGMENT, (position - 1) // SEGMENT) * SEGMENT
+    assert sizes[-1] > 0 or held == position
+
+
+def test_at_a_segments_front_what_lies_before_it_is_compared_unless_the_slot_stands_there() -> None:
+    front = 5 * SEGMENT
+    assert comparable(front, front, SEGMENT) == [0]
+    assert comparable(front, front - 1, SEGMENT) == [0, 8192, SEGMENT]
+    assert comparable(front, 3 * SEGMENT + 5, SEGMENT) == [0, 8192, 2 * SEGMENT]
+    assert comparable(front, front + 40, SEGMENT) == [0, 8192, SEGMENT]
+    assert comparable(front + 100, front + 100, SEGMENT) == [100]
+    assert comparable(front + 9000, front - 1, SEGMENT) == [8192, 8192, SEGMENT + 9000]
+    assert comparable(9 << 30, 5, SEGMENT)[-1] == 32 * MIB
 
 
 def test_a_slot_is_named_after_its_source_and_no_two_sources_share_one() -> None:

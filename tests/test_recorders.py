@@ -25,13 +25,14 @@ from backupd.agent.recording import RecorderState, Recordings, lag_limit
 from backupd.agent.serving import gauges_of, health_of, jobs_of
 from backupd.agent.status import protections
 from backupd.catalog import Catalog
-from backupd.chain import chains, needs_base
+from backupd.chain import chain_of, chains, needs_base
 from backupd.config import load
 from backupd.config.load import parse
 from backupd.config.mistakes import ConfigInvalid
+from backupd.errors import Locked
 from backupd.logs import read_logs
 from backupd.metrics import exposition
-from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint
+from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint, Silence
 from backupd.repository import Repository
 from backupd.retained import MUCH, Retained, worry
 from backupd.scheduler import Health
@@ -163,6 +164,34 @@ def test_a_base_waits_until_the_log_is_recorded(setup: Setup) -> None:
         assert made.states()[0].state == "recording"
 
 
+def test_a_copy_of_a_server_under_its_name_is_refused_and_closes_no_window(setup: Setup) -> None:
+    """A restored sandbox with an agent of its own: neither its log nor a base of it comes between, nor while the first
+    server is started anew. When its agent has ended, the copy may go on."""
+    setup.account.move()
+    with setup.recording() as first:
+        until(lambda: first().position == 16)
+        copy = Setup()
+        copy.repository = setup.repository
+        copy.account.server, copy.account.epochs = "copy", [("acc-9", 0)]
+        copy.account.move()
+        with copy.recordings() as second:
+            until(lambda: second.states()[0].failures > 1)
+            assert "another server is recorded as acc now" in second.states()[0].error
+            with pytest.raises(Locked, match="another server"):
+                second.wait_begun("acc", second.stopping)
+            setup.account.breaks = "it is started anew"
+            until(lambda: first().failures)
+            refusals = second.states()[0].failures
+            until(lambda: second.states()[0].failures > refusals + 1)
+        setup.account.server, setup.account.breaks = "one, started anew", ""
+        setup.account.move()
+        until(lambda: first().position == 32)
+    assert setup.repository.logs("acc")[1] == []
+    assert setup.stored() == [bytes(setup.account.log)]
+    with copy.recordings() as second:
+        until(lambda: second.states()[0].state == "recording")
+
+
 # --- what is told ------------------------------------------------------------------------------------------
 
 
@@ -219,16 +248,25 @@ def test_what_the_server_keeps_makes_the_agent_unhealthy_before_it_is_too_much(s
 
 
 def test_how_far_a_log_has_come_is_measured(setup: Setup) -> None:
+    """What would be lost is the age of what is not stored: of an idle source nothing, though nothing is put. It grows
+    once the source cannot be asked any more."""
+
+    def values() -> dict[str, float | None]:
+        return {gauge.name: gauge.values["acc"] for gauge in gauges_of([state()])}
+
     with setup.recording() as state:
         setup.account.move()
         until(lambda: state().reach)
-        setup.account.now += timedelta(seconds=5)
-        values = {gauge.name: gauge.values["acc"] for gauge in gauges_of([state()])}
         reach = state().reach
-    assert reach
-    assert values["backupd_restorable_until_timestamp_seconds"] == reach.timestamp()
-    assert values["backupd_recovery_point_age_seconds"] == pytest.approx(5, abs=0.001)
-    assert values["backupd_log_retained_bytes"] is None
+        setup.account.now += timedelta(seconds=30)
+        until(lambda: (values()["backupd_recovery_point_age_seconds"] or 30) < 1)
+        assert reach
+        assert values()["backupd_restorable_until_timestamp_seconds"] == reach.timestamp()
+        assert values()["backupd_log_retained_bytes"] is None
+        setup.account.breaks = "the server went away"
+        until(lambda: state().failures)
+        setup.account.now += timedelta(seconds=5)
+        assert values()["backupd_recovery_point_age_seconds"] == pytest.approx(5, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +301,9 @@ def test_a_stretch_without_a_base_needs_one() -> None:
     assert needs_base([base], held, "f", 10)
     assert needs_base([], held, "e", 10)
     assert not needs_base([base], held, "e", 9)  # it went on meanwhile
+    assert not needs_base([base], [], "e", 2)  # made before anything was recorded: it is continued from there
+    assert needs_base([base], [], "e", 3)
+    assert needs_base([base], [], "f", 2)
 
 
 def test_what_follows_a_gap_at_the_very_place_needs_a_base_and_one() -> None:
@@ -417,6 +458,41 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
         assert plan.steps[0].logs[-1].end == len(account.log)
         account.move(datetime.now(UTC))
         account.kept = len(account.log)
+
+
+def test_a_base_made_by_hand_before_anything_was_recorded_is_continued_and_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its capture began to keep is recorded from before its start on."""
+    from backupd import backup
+    from backupd.agent import build
+    from backupd.agent.serving import _back_up_new_stretch
+    from backupd.scheduler import Scheduler
+
+    monkeypatch.setattr(backup, "_LOG_PATIENCE", 0.0)
+    (tmp_path / "backupd.toml").write_text(configured().replace('schedule = "0 2 * * *"\n', ""))
+    agent = build(load(tmp_path / "backupd.toml", {"BACKUPD_STATE": str(tmp_path / "state")}))
+    agent.ensure_repository()
+    account = Account(now=datetime.now(UTC))
+    agent._drivers["db"] = AccountDriver(account)
+    account.move()
+    run = agent.back_up("db", Silence())
+    scheduler = Scheduler(jobs_of(agent), agent.catalog, clock=agent.clock)
+    asked: list[bool] = []
+
+    def on_begin(source: str, epoch: str, position: int) -> None:
+        _back_up_new_stretch(agent, scheduler, source, epoch, position)
+        asked.append(scheduler.is_busy("backup", "db"))
+
+    with Recordings(
+        {"db": timedelta(milliseconds=10)}, driver=agent.driver, repository=agent.repository, clock=agent.clock,
+        on_begin=on_begin,
+    ):  # fmt: skip
+        until(lambda: reached(agent.repository()) == len(account.log))
+    assert asked == [False]
+    (point,) = agent.repository().points("db")
+    assert point.id == run.point
+    assert chain_of(point, chains(*agent.repository().logs("db")))
 
 
 def reached(repository: Repository) -> int:

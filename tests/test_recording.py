@@ -207,6 +207,26 @@ def test_a_damaged_log_is_told_before_the_restore_begins(protected: Protected) -
     assert protected.sandbox.made == []
 
 
+@pytest.mark.parametrize("place", ["header", "content"])
+def test_a_flipped_byte_anywhere_in_the_log_is_told_before_the_restore_begins(
+    protected: Protected, place: str
+) -> None:
+    """With the last instant before it, to which a restore still comes."""
+    store = protected.repository.store
+    spans = [span for span in protected.plan(LATEST).steps[0].logs if span.start < span.end]
+    key = log_key(spans[5])
+    stored = store.get(key)
+    at = 20 if place == "header" else len(stored) - 6
+    store.put(key, stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :], overwrite=True)
+    with pytest.raises(Damaged, match=rf"{key} is damaged") as raised:
+        protected.restore(protected.plan(LATEST))
+    assert protected.sandbox.made == []
+    assert spans[4].anchor
+    assert f"restores come up to {spans[4].anchor.at:%Y-%m-%d %H:%M:%S.%f}" in raised.value.hint
+    protected.restore(protected.plan(spans[4].anchor.at - 2 * SECOND))
+    assert all(key in problem for problem in sound(protected) or [""])
+
+
 def test_a_log_that_is_stored_twice_and_differs_is_told_before_the_restore_begins(
     protected: Protected,
 ) -> None:

@@ -149,7 +149,7 @@ def test_a_time_limit_is_kept(box: DockerContainer) -> None:
     started = time.monotonic()
     with pytest.raises(CommandFailed, match=r"did not end within 0\.5 s"):
         list(box.exec(["sleep", "77"], timeout=0.5))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert b"77" not in b"".join(box.exec(sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")))
 
 

@@ -6,11 +6,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd import log
 from backupd.agent.findings import Finding, found_at
@@ -71,8 +70,7 @@ def secrets_of(config: Config) -> list[str]:
     return [secret.get_secret_value() for secret in found if secret is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one source: a run, or why there is none."""
 
     source: str

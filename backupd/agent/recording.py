@@ -13,9 +13,9 @@ from types import TracebackType
 
 from backupd.agent.watch import EVERY, Watch
 from backupd.catalog import explain
-from backupd.errors import BackupdError, CaptureFailed, UsageError
+from backupd.errors import BackupdError, CaptureFailed, Locked, UsageError
 from backupd.log import run_context
-from backupd.logs import LogWriter
+from backupd.logs import Claim, LogWriter
 from backupd.model import Clock, Driver, Json, LogSpan, RecordingDriver
 from backupd.repository import Repository
 from backupd.retained import Retained, worry
@@ -44,9 +44,10 @@ class RecorderState:
     epoch: str = ""
     position: int = 0
     reach: datetime | None = None
-    """Up to when a restore would come now."""
+    """Up to when a restore can be asked for now: an idle source's moves on once a minute."""
     rpo: timedelta | None = None
-    """How much would be lost now."""
+    """How much would be lost now: since when there may be something that the source acknowledged and that is not
+    stored. Near nothing while nothing changes."""
     lagging: bool = False
     """Behind by more than a failure or two may cost."""
     failures: int = 0
@@ -133,13 +134,15 @@ class Recordings:
 
     def wait_begun(self, source: str, stop: threading.Event, *, seconds: float = 60.0) -> None:
         """Until the log is recorded: a base made before would begin where nothing is stored. After some seconds it
-        goes on all the same. Sources that are not recorded need not wait."""
+        goes on all the same. Sources that are not recorded need not wait. Raises Locked while another server is
+        recorded under this name: a base of this one would be restored with the other's log."""
         found = self._sources.get(source)
         end = time.monotonic() + seconds
         while (
             found is not None and not found.begun.wait(0.1) and time.monotonic() < end and not stop.is_set()
         ):
-            pass
+            if found.refused is not None:
+                raise Locked(found.refused.message, hint=found.refused.hint)
 
     def record_once(self, source: _Source) -> None:
         """Until stopped, or until it fails."""
@@ -148,7 +151,7 @@ class Recordings:
             raise UsageError(
                 f"the driver {driver.kind} cannot record a log", hint='take mode = "pitr" out of this source'
             )
-        sink = LogWriter(repository, source.name, on_begin=lambda: self._begun(source))
+        sink = LogWriter(repository, source.name, on_begin=lambda: self._begun(source), claim=source.claim)
         source.sink = sink
         well = False
         try:
@@ -159,6 +162,8 @@ class Recordings:
                 sink.close()
         if not self._stop.is_set():
             raise CaptureFailed("the recorder ended by itself", hint="a fault of the driver: report it")
+        # Not after a failure: while a server is started anew no copy of it may come in between.
+        source.claim.release(repository)
 
     def _begun(self, source: _Source) -> None:
         source.turned(begun=True)
@@ -187,6 +192,9 @@ class _Source:
     ) -> None:
         self.name, self.interval = name, interval
         self.sink: LogWriter | None = None
+        self.claim = Claim(name)
+        self.refused: Locked | None = None
+        """Another server is recorded under this name."""
         self.begun = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"record {name}", daemon=True)
         self._recordings, self._pause = recordings, pause
@@ -208,6 +216,7 @@ class _Source:
                         pause, self._failures = self._pause, 0
                     self._error = explain(error)
                     self._failures += 1
+                    self.refused = error if isinstance(error, Locked) else None
                     self.turned(begun=False)
                     log.error("recording %s failed: %s; again in %g s", self.name, self._error, pause,
                               exc_info=None if expected else error)  # fmt: skip
@@ -219,6 +228,7 @@ class _Source:
         if begun != self.begun.is_set():
             self._since = self._recordings.clock()
         if begun:
+            self.refused = None
             self.begun.set()
         else:
             self.begun.clear()
@@ -237,9 +247,10 @@ class _Source:
         state = "recording" if begun else "failing" if self._failures else "starting"
         if not self.thread.is_alive():
             state = "stopped" if self._recordings.stopping.is_set() else "starting"
-        rpo = now - reach if reach else None
+        complete = recorded.complete if recorded else None
+        rpo = now - complete if complete else None
         # At the start what was not recorded meanwhile is fetched first.
-        behind = now - max(reach or self._started, self._started)
+        behind = now - max(complete or self._started, self._started)
         gap = recorded.gap if recorded else ""
         return RecorderState(
             self.name, state, self._since, recorded.epoch if recorded else "", recorded.position if recorded else 0,

@@ -98,9 +98,12 @@ def gauges_of(states: Sequence[RecorderState]) -> list[Gauge]:
         return Gauge(name, about, {state.source: value(state) for state in states})
 
     return [
-        gauge("backupd_restorable_until_timestamp_seconds", "The newest instant that could be restored.",
+        gauge("backupd_restorable_until_timestamp_seconds",
+              "The newest instant that a restore can be asked for. Of an idle source it moves on once a minute.",
               lambda s: s.reach.timestamp() if s.reach else None),
-        gauge("backupd_recovery_point_age_seconds", "How much would be lost now: time since that instant.",
+        gauge("backupd_recovery_point_age_seconds",
+              "How much would be lost now: seconds since the newest instant before which all that the source "
+              "acknowledged is stored. Near 0 while nothing changes, though nothing is put then.",
               lambda s: s.rpo.total_seconds() if s.rpo is not None else None),
         gauge("backupd_recorder_up", "1 while the log is recorded.", lambda s: s.state == "recording"),
         gauge("backupd_recorder_lagging", "1 where the log is behind by more than a failure or two may cost.",

@@ -33,7 +33,8 @@ class Protection:
     """The due time that should have led to a good run by now."""
     next: datetime | None
     rpo: timedelta | None = None
-    """Of a source whose log is recorded: how much would be lost now, all that came after its newest stored anchor."""
+    """Of a source whose log is recorded: how much would be lost now by what the repository alone tells, the time since
+    its newest stored anchor. Up to a minute of a source where nothing changes, though nothing is lost then."""
     lagging: bool = False
     """The log should be recorded, and is not, or not as it should."""
     retained: Retained | None = None

@@ -13,6 +13,7 @@ from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
+from backupd.logs import check_logs
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
 
@@ -127,8 +128,10 @@ def plan_command(
     session: Session, names: tuple[str, ...], at: str | None, max_skew: str | None, point: str
 ) -> int:
     """What a restore would do: the point of each source, where it lands, how far from T, how much. Touches
-    nothing."""
+    nothing. A log that is torn, or there twice with other content, is told: the exit code is 22."""
     made = _plan(session, names, at, max_skew, point)
+    for step in made.steps:
+        check_logs(session.agent.repository(), step.logs)
     if session.json:
         print_json({**_plan_json(made), "expected_seconds": session.agent.expected(made)})
     return 0

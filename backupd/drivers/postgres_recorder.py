@@ -39,6 +39,8 @@ PIECE = 8 << 20
 _ANCHOR_EVERY = 0.25
 _SLOT_LOOKS = 100  # a tenth of a second apart
 _COMPARED = 8192  # bytes before where recording goes on: in a page of log are checksums, transactions, times
+_TELLING = 512  # of them that are not 0: at the end of a segment that was switched there are none
+_MOST = 32 << 20  # bytes: a segment of 16 MiB, and what was begun of the next
 _ANSWERS = 30.0  # seconds
 _REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
 
@@ -57,6 +59,8 @@ SELECT coalesce(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE
          - restart_lsn, 0)::bigint, safe_wal_size, wal_status = 'lost'
 FROM pg_replication_slots WHERE slot_name = %s
 """
+RUNNING = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
+"""To the microsecond: a copy was started at another."""
 SEGMENT_SIZE = "SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'"
 
 
@@ -115,6 +119,32 @@ def beginning(
             identifier, system.timeline, fresh, f"the server left timeline {timeline} before its end here"
         )
     return Beginning(identifier, timeline, since.end)
+
+
+def comparable(position: int, held: int, segment: int) -> list[int]:
+    """How many bytes before the position are worth comparing with what the server has there, least first: more where
+    the fewer tell nothing. Pure. `held`: where its slot stands, whose segment the server has, and all behind.
+
+    A slot that stands at the very position was told so by us once that was stored: it proves by itself that this is
+    the same log, also at the front of a segment where those before may be gone. One that stands before it is of an
+    older state of the server (or only of the slot, after a crash); all from there on can be compared. One behind it
+    says nothing; where the segment before is gone, the server refuses, which is a gap.
+    """
+    inside = position % segment
+    if held == position:
+        return [min(inside, _COMPARED)]
+    known = inside + segment if held > position else position - held // segment * segment
+    return [min(inside, _COMPARED), min(known, _COMPARED), min(known, _MOST)]
+
+
+def _tail(sink: LogSink, start: Beginning, held: int, segment: int) -> bytes:
+    tail = b""
+    for size in comparable(start.position, held, segment):
+        if size > len(tail):
+            tail = sink.tail(start.epoch, size)
+        if len(tail) - tail.count(0) >= _TELLING:
+            break
+    return tail
 
 
 def fork_of(history: str, timeline: int) -> int | None:
@@ -221,8 +251,7 @@ class PostgresRecorder:
             start = beginning(since, system, held, segment, lambda timeline: fork_of(history, timeline))
             flow = _Flow(wire, sql, sink, self._slot, self._interval, Pace(self._catch_up))
             same = since is not None and start.position == since.end and not gap and not start.gap
-            # The slot holds the segment of its position, and perhaps none before.
-            tail = sink.tail(start.epoch, min(_COMPARED, start.position % segment)) if same else b""
+            tail = _tail(sink, start, held, segment) if same else b""
             try:
                 flow.run(start, stop, gap or start.gap, tail)
             except _OtherLog as error:
@@ -259,10 +288,14 @@ class _Flow:
         """Until stopped, through every change of timeline. `tail`: what the server must have before the beginning.
         Nothing is told to the sink before the server sends: who comes second to a slot is refused there."""
         system, timeline, position = start.system, start.timeline, start.position
+        claimed = False
         while True:
             streams = self._wire.start(self._slot, position - len(tail), timeline)
             self._compare(tail, position)
             tail = b""
+            if not claimed:
+                self._sink.claim(f"{system}-{self._running()}")
+                claimed = True
             if gap:
                 self._sink.gap(gap)
                 gap = ""
@@ -273,6 +306,10 @@ class _Flow:
                 if self._stream(stop):
                     return
             timeline, position = self._wire.next_timeline()
+
+    def _running(self) -> str:
+        row = self._sql.execute(RUNNING).fetchone()
+        return str(row[0]) if row else ""
 
     def _compare(self, tail: bytes, position: int) -> None:
         """What the server sends up to `position` is not stored again; what came behind it waits."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis_aof import Replay, bring_back_log
-from backupd.drivers.redis_home import DATA, bring_back, reach
+from backupd.drivers.redis_home import DATA, bring_back, loading, reach
 from backupd.drivers.redis_save import save
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import BackupdError, CaptureFailed, ContainerError, RestoreFailed
@@ -246,6 +246,10 @@ class RedisDriver:
     def keeping(self) -> RedisDriver:
         """Implements `live.ExpiringDriver`."""
         return RedisDriver(self._settings, container=self._container, clock=self._clock, keeps=True)
+
+    def starting(self, container: Container) -> str:
+        """Implements `waiting.StartingDriver`: a large dump takes minutes to load."""
+        return loading(container, self.credentials())
 
     def facts(self, container: Container) -> Facts:
         """What the server in a restored container holds, once it has loaded. Raises RestoreFailed."""

@@ -169,6 +169,10 @@ class RedisPitr:
             course.note(span.anchors)
         return course.landing().at or at
 
+    def starting(self, container: Container) -> str:
+        """Implements `waiting.StartingDriver`."""
+        return self._dumps.starting(container)
+
     def recovered(self, container: Container) -> Mapping[str, Json]:
         """Where a restored, running server landed. Raises RestoreFailed where it has not loaded."""
         with failing_as(RestoreFailed), reach(container, self._dumps.credentials(), timeout=3600) as server:

@@ -118,6 +118,12 @@ def _await_backlog(server: Connection) -> None:
     )
 
 
+def _running(connect: Callable[[], Connection]) -> str:
+    """The server's own name for this run of it."""
+    with connect() as server:
+        return server.info("server").get("run_id", "")
+
+
 class RedisRecorder:
     """Implements `model.Recorder` for one server."""
 
@@ -143,6 +149,7 @@ class RedisRecorder:
         while not stop.is_set():
             joined = join(self._connect, since)
             with contextlib.closing(joined.link):
+                sink.claim(_running(self._connect))
                 if joined.gap:
                     sink.gap(joined.gap)
                 if joined.before:

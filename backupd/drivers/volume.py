@@ -16,10 +16,9 @@ import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from backupd.drivers._tarstream import IteratorFile
 from backupd.drivers.volume_facts import (
@@ -71,8 +70,7 @@ _TAR_CHANGED = 1
 """GNU tar's status for "some files changed while they were read"; 2 is a failure."""
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeSettings:
+class VolumeSettings(NamedTuple):
     """Exactly one of `path` and `volume`. Patterns: see `backupd.archive.patterns`."""
 
     path: Path | None = None

@@ -2,6 +2,7 @@
 
 from backupd.logs import check
 from backupd.logs.check import check_logs
+from backupd.logs.claim import Claim
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
@@ -17,6 +18,7 @@ from backupd.logs.writer import LogWriter, Recorded, put_mark
 
 __all__ = [
     "LOG_FOLDER",
+    "Claim",
     "Compaction",
     "LogWriter",
     "Recorded",

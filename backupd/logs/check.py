@@ -3,24 +3,35 @@ need, torn objects, objects that differ where they hold the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 from backupd.chain import Chain, Need, chain_of, chains, cover, need_of
 from backupd.errors import Damaged, ObjectMissing
+from backupd.log import carry
 from backupd.logs.read import AGAIN, check_log, hole, read_span
 from backupd.model import LogMark, LogSpan, RecoveryPoint
 from backupd.repository import Repository, log_key
 
+READERS, DISTANT = 2, 8
+"""Objects looked at side by side; of a distant store more, as each waits for its answers most of the time."""
 
-def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
+
+def check_logs(
+    repository: Repository,
+    spans: Sequence[LogSpan],
+    *,
+    content: bool = False,
+    stop: Callable[[], object] = lambda: None,
+) -> None:
     """What a restore is about to replay, before it begins: all there, none torn, none that differs from another where
-    they hold the same. Raises Damaged."""
+    they hold the same; with `content`, every byte of it what was written. Raises Damaged, with the last instant before
+    what is, and what `stop` raises, which is asked often."""
     left = list(spans)
     for _ in range(AGAIN):
         try:
-            for span in left:
-                check_log(repository, span)
+            _look_at(repository, left, content, stop)
         except ObjectMissing:  # put together with others, or lost: then reading would find a hole
             chain = _chain_of(repository, spans)
             left = list(cover(chain.spans, spans[0].start)) if chain else []
@@ -31,6 +42,29 @@ def check_logs(repository: Repository, spans: Sequence[LogSpan]) -> None:
             break
     if spans and (chain := _chain_of(repository, spans)):
         _refuse_differences(repository, chain, spans[0].start, spans[-1].end)
+
+
+def _look_at(
+    repository: Repository, spans: Sequence[LogSpan], content: bool, stop: Callable[[], object]
+) -> None:
+    """The first that is wrong, in their order, is raised; none after it is begun."""
+
+    def look(span: LogSpan) -> None:
+        stop()
+        check_log(repository, span, content=content)
+
+    pool = ThreadPoolExecutor(DISTANT if repository.distant else READERS, thread_name_prefix="log")
+    looks = [pool.submit(carry(look), span) for span in spans]
+    try:
+        for span, done in zip(spans, looks, strict=True):
+            try:
+                done.result()
+            except Damaged as error:
+                chain = _chain_of(repository, spans)
+                told = f"{last_before(chain, span)}; " if chain else ""
+                raise Damaged(error.message, hint=f"{told}{error.hint}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _chain_of(repository: Repository, spans: Sequence[LogSpan]) -> Chain | None:

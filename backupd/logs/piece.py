@@ -129,11 +129,16 @@ def decode(codec: Codec, stored: bytes, header: Header | None = None) -> Iterato
         raise Damaged(f"it has {len(stored):,} bytes instead of {header.stored:,}")
     view, at = memoryview(stored), header.length
     for frame in header.frames:
-        data = codec.decode(view[at : at + frame.length], frame.size)
-        if codec.digest(data).hex() != frame.digest:
-            raise Damaged("its content is not what was written")
-        yield data
+        yield decode_frame(codec, view[at : at + frame.length], frame)
         at += frame.length
+
+
+def decode_frame(codec: Codec, stored: bytes | memoryview, frame: Frame) -> bytes:
+    """One of its frames, compared with its digest. Raises Damaged."""
+    data = codec.decode(stored, frame.size)
+    if codec.digest(data).hex() != frame.digest:
+        raise Damaged("its content is not what was written")
+    return data
 
 
 def micros(at: datetime) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupd.chain import Need, chains, cover, still_there
 from backupd.errors import Damaged, ObjectMissing
-from backupd.logs.piece import HEAD, Header, decode, decode_header, header_length
+from backupd.logs.piece import HEAD, Header, decode, decode_frame, decode_header, header_length
 from backupd.model import LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
@@ -86,23 +86,32 @@ def read_tail(repository: Repository, span: LogSpan, size: int) -> bytes:
     header = read_header(repository, span)
     if not header.frames:
         return b""
-    frame, codec = header.frames[-1], repository.codec
+    frame = header.frames[-1]
     stored = repository.read_log(span, offset=header.stored - frame.length, length=frame.length)
-    data = codec.decode(stored, frame.size)
-    if codec.digest(data).hex() != frame.digest:
-        raise _named(span, Damaged("its content is not what was written"))
-    return data[-size:]
-
-
-def check_log(repository: Repository, span: LogSpan) -> Header:
-    """Its header, after it was compared with the name and the length of the object: a torn one is found without
-    reading it. Raises Damaged, ObjectMissing."""
     try:
-        header = read_header(repository, span)
+        return decode_frame(repository.codec, stored, frame)[-size:]
+    except Damaged as error:
+        raise _named(span, error) from None
+
+
+def check_log(repository: Repository, span: LogSpan, *, content: bool = False) -> Header:
+    """Its header, after it was compared with the name and the length of the object: a torn one is found without
+    reading it. With `content` every frame is read, one at a time, and compared with its digest. Raises Damaged,
+    ObjectMissing."""
+    try:
+        head = read_head(repository, span)
+        header = decode_header(repository.codec, head)
         if header.stored != span.size:
             raise Damaged(f"it has {span.size:,} bytes instead of {header.stored:,}")
         if header.size != span.end - span.start:
             raise Damaged(f"it holds {header.size:,} bytes of the log instead of {span.end - span.start:,}")
+        at = header.length
+        for frame in header.frames if content else ():
+            end = at + frame.length
+            within = end <= len(head)  # small objects came whole
+            stored = head[at:end] if within else repository.read_log(span, offset=at, length=frame.length)
+            decode_frame(repository.codec, stored, frame)
+            at = end
     except Damaged as error:
         raise _named(span, error) from None
     return header
@@ -123,10 +132,15 @@ def write_logs(pieces: Iterator[tuple[LogSpan, bytes]], folder: Path) -> str:
 
 def read_header(repository: Repository, span: LogSpan | LogMark) -> Header:
     """Raises Damaged, ObjectMissing."""
+    return decode_header(repository.codec, read_head(repository, span))
+
+
+def read_head(repository: Repository, span: LogSpan | LogMark) -> bytes:
+    """The front of an object, its header at least. Raises Damaged, ObjectMissing."""
     head = repository.read_log(span, length=HEAD)
     if header_length(head) > len(head) >= HEAD:
         head = repository.read_log(span, length=header_length(head))
-    return decode_header(repository.codec, head)
+    return head
 
 
 def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> list[LogSpan]:
@@ -135,7 +149,10 @@ def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> 
     behind = next((n for n, span in enumerate(spans) if span.anchor and span.anchor.at > at), len(spans) - 1)
     found: list[LogSpan] = []
     for span in reversed(spans[: behind + 1]):
-        found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        try:
+            found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        except Damaged as error:
+            raise _named(span, error) from None
         if any(anchor.at <= at for anchor in found[0].anchors):
             break
     return found
@@ -166,7 +183,7 @@ def wait_for_logs(
 def _named(span: LogSpan, error: Damaged) -> Damaged:
     return Damaged(
         f"the log {log_key(span)} is damaged: {error.message}",
-        hint="`backupd verify` tells up to when a restore comes; copy that object from another copy",
+        hint="copy that object from another copy",
     )
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from backupd.chain import newest, stretches
-from backupd.errors import ObjectExists, StoreError
+from backupd.chain import cover, newest, stretches
+from backupd.errors import Locked, ObjectExists, StoreError
+from backupd.logs.claim import Claim
 from backupd.logs.piece import encode
-from backupd.logs.read import read_span, read_tail
+from backupd.logs.read import read_logs, read_span, read_tail
 from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
@@ -43,7 +44,10 @@ class Recorded:
     epoch: str = ""
     position: int = 0
     reach: datetime | None = None
-    """The newest stored anchor: up to when a restore would come now."""
+    """The newest stored anchor: up to when a restore can be asked for now."""
+    complete: datetime | None = None
+    """Everything that the source acknowledged before this instant is stored. While it is idle this moves on, and the
+    anchor that says so is stored once a minute."""
     pieces: int = 0
     stored: int = 0
     """Bytes, since the start."""
@@ -63,10 +67,12 @@ class LogWriter:
         source: str,
         *,
         on_begin: Callable[[], object] = lambda: None,
+        claim: Claim | None = None,
         idle: float = IDLE,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._repository, self._source = repository, source
+        """`claim`: kept by the agent, which makes a writer for every try."""
+        self._repository, self._source, self._claim = repository, source, claim
         self._on_begin, self._idle, self._now = on_begin, idle, now
         self._lock = threading.RLock()
         spans, marks = repository.logs(source)
@@ -76,7 +82,8 @@ class LogWriter:
         self._last = {chain.epoch: chain for chain in found}  # sorted by start: the last of each epoch stays
         self._ends = {epoch: chain.end for epoch, chain in self._last.items()}
         self._cuts = {(mark.epoch, mark.position) for mark in marks if not mark.after}
-        self._recorded = Recorded(reach=max((c.reach for c in found if c.reach), default=None))
+        reach = max((c.reach for c in found if c.reach), default=None)
+        self._recorded = Recorded(reach=reach, complete=reach)
         self._epoch = ""
         self._position = 0
         self._begun = False
@@ -94,6 +101,16 @@ class LogWriter:
         return self._recorded
 
     # --- the seam ---------------------------------------------------------------------------------------
+
+    def claim(self, server: str) -> None:
+        with self._lock:
+            if self._claim is None:
+                return
+            self._claim.take(self._repository, server)
+            if not self._begun and _end(newest(self._repository.logs(self._source)[0])) != _end(self.since):
+                raise StoreError(
+                    f"the log of {self._source} went on just now", hint="it is begun again by itself"
+                )
 
     def begin(self, epoch: str, position: int) -> None:
         log_key(LogMark(self._source, epoch, position))  # refuses an epoch that cannot be part of a key
@@ -149,6 +166,8 @@ class LogWriter:
             self._newest = Anchor(at, position)
             # Of those that count already only the newest is worth storing.
             self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
+            if position <= self._position and not self._fresh:
+                self._tell(complete=_later(self._recorded.complete, at))
             if self._now() - self._put_at >= self._idle:
                 self._put_anchor()
 
@@ -157,9 +176,15 @@ class LogWriter:
 
     def tail(self, epoch: str, size: int) -> bytes:
         """As of the start."""
-        spans = self._last[epoch].spans if size > 0 and epoch in self._last else ()
-        last = max((span for span in spans if span.start < span.end), key=lambda s: s.end, default=None)
-        return read_tail(self._repository, last, size) if last else b""
+        chain = self._last.get(epoch)
+        size = min(size, chain.end - chain.start) if chain else 0
+        if chain is None or size <= 0:
+            return b""
+        spans = list(cover(chain.spans, chain.end - size))
+        last = read_tail(self._repository, spans[-1], size)
+        if len(last) == size:
+            return last
+        return b"".join(data for _, data in read_logs(self._repository, spans))[-size:]
 
     def gap(self, reason: str) -> None:
         with self._lock:
@@ -201,6 +226,7 @@ class LogWriter:
 
     def _put(self, start: int, end: int, data: bytes, anchors: tuple[Anchor, ...]) -> None:
         """Durable when it returns."""
+        self._keep_claim()
         anchor = max((*anchors, *filter(None, [self._stored])), key=lambda a: a.at, default=None)
         stored, _ = encode(self._repository.codec, [data], anchors)
         span = LogSpan(self._source, self._epoch, start, end, anchor, len(stored))
@@ -211,8 +237,18 @@ class LogWriter:
                 raise
         self._put_at, self._stored = self._now(), anchor
         done = self._recorded
-        reach = max((t for t in (done.reach, anchor and anchor.at) if t), default=None)
-        self._tell(reach=reach, pieces=done.pieces + 1, stored=done.stored + len(stored))
+        at = anchor.at if anchor else None
+        self._tell(reach=_later(done.reach, at), complete=_later(done.complete, at), pieces=done.pieces + 1,
+                   stored=done.stored + len(stored))  # fmt: skip
+
+    def _keep_claim(self) -> None:
+        """Before anything is stored. Raises Locked where another server has the log now: then this one ends here."""
+        try:
+            if self._claim is not None:
+                self._claim.check(self._repository)
+        except Locked:
+            self._begun = False
+            raise
 
     def _put_anchor(self) -> None:
         """An object without any log, for the newest anchor that counts. None right behind a gap: by its position it
@@ -231,6 +267,7 @@ class LogWriter:
 
     def _mark(self, epoch: str, position: int, reason: str) -> None:
         """The window closes at this position, for good."""
+        self._keep_claim()
         log.warning("the window of %s closes: %s; a new base is needed", self._source, reason)
         put_mark(self._repository, LogMark(self._source, epoch, position), reason)
         self._cuts.add((epoch, position))
@@ -238,3 +275,11 @@ class LogWriter:
 
     def _tell(self, **changes: object) -> None:
         self._recorded = replace(self._recorded, **changes)  # type: ignore[arg-type]
+
+
+def _later(one: datetime | None, other: datetime | None) -> datetime | None:
+    return max((at for at in (one, other) if at), default=None)
+
+
+def _end(span: LogSpan | None) -> tuple[str, int] | None:
+    return (span.epoch, span.end) if span else None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd.errors import BackupdError, ContainerError
 from backupd.model import Progress, Silence
@@ -28,8 +28,7 @@ HELPER = "backupd.helper"
 DOCKER_HOST_HINT = "start Docker, or set DOCKER_HOST; in a container, mount /var/run/docker.sock"
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """Something mounted in a container."""
 
     kind: str
