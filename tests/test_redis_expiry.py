@@ -57,7 +57,7 @@ class Recorded:
 
     def log(self) -> Iterator[tuple[LogSpan, bytes]]:
         for span, data in read_logs(self.kept.repository, self.kept.chain().spans):
-            anchors = tuple(dataclasses.replace(one, at=one.at - MINUTE) for one in span.anchors)
+            anchors = tuple(one._replace(at=one.at - MINUTE) for one in span.anchors)
             yield dataclasses.replace(span, anchors=anchors), data
 
 
