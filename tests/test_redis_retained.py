@@ -19,7 +19,7 @@ from backupd.agent.recording import RecorderState, Recordings
 from backupd.agent.serving import gauges_of
 from backupd.drivers.redis_recorder import BOUND
 from backupd.drivers.redis_retained import SETTING, Held, Limits, retained_by
-from backupd.model import LogSpan
+from backupd.model import Bytes, LogSpan
 from backupd.repository import Repository
 from backupd.retained import Retained, worry
 from backupd.stores import MemoryStore
@@ -137,7 +137,7 @@ class Sticky(MemoryStore):
         self.free = threading.Event()
         self.free.set()
 
-    def put(self, key: str, data: bytes, *, overwrite: bool = False) -> None:
+    def put(self, key: str, data: Bytes, *, overwrite: bool = False) -> None:
         if key.startswith("logs/"):
             assert self.free.wait(60)
         super().put(key, data, overwrite=overwrite)
