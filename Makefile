@@ -12,7 +12,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	tests/testbed/provision.sh
 	tests/testbed/provision.sh compose postgres:13 postgres:14 postgres:15 postgres:17 postgres:18
-	$(bin)/pytest -n 2 --dist loadfile
+	$(bin)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.installed
 	tests/testbed/provision.sh

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -16,7 +15,6 @@ from backupd.archive import ArchiveWriter, Written, open_archive, write_archive
 from backupd.archive.patterns import escape
 from backupd.chain import need_in
 from backupd.errors import CaptureFailed, CommandFailed, ContainerError, Damaged, Locked, StoreError
-from backupd.logs import wait_for_logs
 from backupd.model import (
     Archive,
     Capture,
@@ -37,8 +35,6 @@ _SHRANK = 10
 """A source a tenth of what it was is more often the wrong place than a tidy one."""
 _LOG_PATIENCE = 60.0
 """Seconds that a backup waits for the log that its point needs."""
-_UNRECORDED_PATIENCE = 10.0
-"""Where nothing records it as far as its driver can see."""
 _MATTERS = 64 << 10
 """Bytes: what was smaller than this may shrink as it likes."""
 
@@ -157,6 +153,8 @@ def _wait_for_log(
     need = need_in(capture.attributes)
     if need is None:
         return ()
+    from backupd.logs import wait_for_logs
+
     progress.stage(f"{source}: waiting for its log")
     patience = (
         _LOG_PATIENCE if capture.attributes.get("recorded", True) else 0.0
@@ -196,7 +194,7 @@ def _without_repository(capture: Capture, repository: Repository) -> Content:
         inside = Path(repository.store.location).resolve().relative_to(content.root.resolve())
     except ValueError:
         return content
-    return replace(content, exclude=(*content.exclude, f"/{escape(str(inside))}/"))
+    return content._replace(exclude=(*content.exclude, f"/{escape(str(inside))}/"))
 
 
 def _check_size(source: str, written: Written, latest: RecoveryPoint | None) -> None:

@@ -17,7 +17,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -135,7 +134,7 @@ class Catalog:
                 continue
             # read only now: up to its death the agent may have ended its runs itself
             for run in self._select("WHERE status = ? AND agent = ?", (*running, agent)):
-                ended = replace(run, status=RunStatus.ABANDONED, finished=now, message=DIED)
+                ended = run._replace(status=RunStatus.ABANDONED, finished=now, message=DIED)
                 self.record(ended)
                 stale.append(ended)
         for path in self.path.parent.glob(
@@ -357,10 +356,9 @@ def carry_out(
                 status = RunStatus.ABANDONED
             elif isinstance(error, Locked):
                 status = RunStatus.REFUSED
-            record_or_log(catalog, replace(run, status=status, finished=clock(), message=explain(error)))
+            record_or_log(catalog, run._replace(status=status, finished=clock(), message=explain(error)))
             raise
-        done = replace(
-            done,
+        done = done._replace(
             id=run.id,
             job=job,
             source=source,

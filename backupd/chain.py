@@ -7,10 +7,9 @@ overlap, one may lie in another: compaction writes the large one before it remov
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from backupd.model import Json, LogMark, LogSpan, RecoveryPoint
 
@@ -22,8 +21,7 @@ Place: TypeAlias = "tuple[str, str, int]"
 """Source, epoch, position."""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """[start, end) of an epoch: the log that a restore of a point cannot do without; a part of a chain."""
 
     epoch: str
@@ -31,8 +29,7 @@ class Need:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """[start, end) of a log, without a hole."""
 
     source: str

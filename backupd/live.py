@@ -1,14 +1,15 @@
-"""The nouns of a restore into a running service: a power that some drivers have."""
+"""Powers of a restore that only some drivers have: into the running service itself; with what has expired since; by a
+log that has no times of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol, runtime_checkable
 
-from backupd.model import Archive, Driver, Facts, LogSpan, Progress
+from backupd.model import Archive, Driver, Facts, LogSpan, Progress, RecoveryPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,6 @@ class Way:
     """The recovery point that holds what the service held before."""
     listen: str = ""
     """HOST or HOST:PORT where the service reaches this process; empty: where it sees us come from."""
-    keep_expired: bool = False
-    """What has expired since the instant is kept, all times to live run on from where they stood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +56,20 @@ class LiveDriver(Protocol):
 
     def standing(self) -> AbstractContextManager[Standing]:
         """Of the configured service. Raises RestoreFailed."""
+
+
+@runtime_checkable
+class ExpiringDriver(Protocol):
+    """A power that some drivers have besides: what they restore holds things whose time to live runs out."""
+
+    def keeping(self) -> Driver:
+        """The same, whose restores of every way keep what has expired since the restored instant: each time to live
+        runs on from where it stood then. Else that goes, as it went where it came from."""
+
+
+@runtime_checkable
+class AnchoredDriver(Protocol):
+    """A power that some drivers have besides: their log has no times of its own, and is followed to an anchor."""
+
+    def lands_at(self, point: RecoveryPoint, log: Iterable[LogSpan], at: datetime) -> datetime:
+        """At or before `at`. `log`: as much of it as tells which anchors lie round that, each piece with its own."""

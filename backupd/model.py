@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeAlias, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Facts: TypeAlias = Mapping[str, Json]
@@ -27,8 +27,7 @@ Clock: TypeAlias = Callable[[], datetime]
 # --- the store ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """One object, as a listing tells it."""
 
     key: str
@@ -131,8 +130,7 @@ class RecoveryPoint:
 # consistent there, and everything acknowledged before the point's instant lies at or before `end`.
 
 
-@dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(NamedTuple):
     """All that was acknowledged before `at` lies at or before `position`."""
 
     at: datetime
@@ -156,8 +154,7 @@ class LogSpan:
     """Exact, oldest first: those at or before its end that no earlier piece had. Only of a piece that was read."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogMark:
+class LogMark(NamedTuple):
     """What happened at a position of a log."""
 
     source: str
@@ -205,8 +202,7 @@ class Recorder(Protocol):
 # --- what a driver captures ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
+class Tree(NamedTuple):
     """A directory, read by the archive engine itself: every kind of entry, with what each carries."""
 
     root: Path
@@ -218,8 +214,7 @@ class Tree:
     one_file_system: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(NamedTuple):
     """Bytes of unknown length under a member name; `chunks` raises at its end if what made it ended badly."""
 
     name: str
@@ -227,15 +222,13 @@ class Stream:
     paged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
+class Streams(NamedTuple):
     """Streams, captured one after another; the iterator may start the next dump when it is asked for it."""
 
     streams: Iterable[Stream]
 
 
-@dataclass(frozen=True, slots=True)
-class TarStream:
+class TarStream(NamedTuple):
     """A tree that can only be had as a tar (GNU, pax) from elsewhere: a volume behind a helper container."""
 
     file: BinaryIO
@@ -277,8 +270,7 @@ class MemberType(StrEnum):
     BLOCK_DEVICE = "block-device"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One entry of an archive. `name` is relative, `/`-separated, undecodable bytes as surrogate escapes."""
 
     name: str
@@ -304,8 +296,12 @@ class Archive(Protocol):
     def read(self, name: str) -> Iterator[bytes]:
         """The content of one file or stream. Raises NoRecoveryPoint when there is none of that name, Damaged."""
 
-    def tar(self) -> Iterator[bytes]:
-        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly."""
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly. `change` says how a
+        member stands in it, under which name, owner, mode and time; None leaves it out, and its content is not read.
+        Without its `end` for who has more entries to put behind."""
 
     def extract(self, into: Path) -> Sequence[str]:
         """Write the tree under `into`, which must be empty or absent. Returns what the target could not take: an
@@ -323,6 +319,9 @@ class Container(Protocol):
     def env(self) -> Mapping[str, str]: ...
     @property
     def running(self) -> bool: ...
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The version of the Linux it runs on; empty where the engine does not tell."""
 
     def mount(self, destination: str) -> Path | None:
         """The host directory behind a mount at `destination`, when this process can reach it."""
@@ -331,7 +330,7 @@ class Container(Protocol):
         self,
         argv: Sequence[str],
         *,
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
     ) -> Iterator[bytes]:
@@ -341,7 +340,7 @@ class Container(Protocol):
     def read(self, path: str) -> Iterator[bytes]:
         """A tar of `path`, made by the engine; works on a stopped container. No xattrs, whole seconds."""
 
-    def write(self, path: str, tar: Iterable[bytes]) -> None:
+    def write(self, path: str, tar: Iterable[Bytes]) -> None:
         """Unpack a tar at `path`; works on a stopped container."""
 
     def start(self) -> None: ...
@@ -366,7 +365,7 @@ class ContainerSpec:
     """Where a fresh volume each is mounted."""
     port: int | None = None
     ready: tuple[str, ...] = ()
-    """A program that, run in the container, exits with 0 once the service answers."""
+    """A program that, run in the container, exits with 0 once the service answers. The container has a shell."""
     load_while: str = "running"
     """`running`: load() is called when the service is ready. `stopped`: before its first start."""
     service: bool = True
@@ -396,8 +395,7 @@ class Sandbox(Protocol):
 # --- drivers -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Something `check` found, and how to mend it."""
 
     message: str
@@ -464,8 +462,7 @@ class RunStatus(StrEnum):
     RUNNING = "running"
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """One doing of a job: backup, restore, prune, verify; also one that should have happened and did not."""
 
     id: str

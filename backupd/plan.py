@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, tzinfo
 
 from backupd.chain import Chain, chain_of, interval, logs_for, need_of
@@ -34,6 +34,8 @@ class Step:
     """Where the log brings it; None: at the point's own instant."""
     whole: bool = False
     """The log is replayed to its very end, behind the last instant that is known of it."""
+    asked: datetime | None = None
+    """What the log is to be followed to, where it is known that it lands earlier."""
 
     @property
     def source(self) -> str:
@@ -46,7 +48,12 @@ class Step:
     @property
     def replay_to(self) -> datetime | None:
         """None: to the end of `logs`."""
-        return None if self.whole else self.lands_at
+        return None if self.whole else self.asked or self.lands_at
+
+    def landing_at(self, instant: datetime) -> Step:
+        """The same, where it is known now that following the log to what was asked for ends there."""
+        early = self.lands_at - instant
+        return replace(self, skew=self.skew + early, landing=instant, asked=self.replay_to)
 
     @property
     def log_stored(self) -> int:
@@ -197,13 +204,11 @@ def plan_restore(
     sources: Sequence[str],
     *,
     logs: Iterable[Chain] = (),
-    max_skew: timedelta | None = None,
 ) -> RestorePlan:
     """For each source its newest point at or before `at`; where a log continues it, that brings it to `at`.
 
     Raises UsageError where nothing is asked for, NoRecoveryPoint where a source has no point so early, where its
-    log ends before `at` or has a hole there (the message says from when to when it can be had), or where it lands
-    more than `max_skew` before `at`.
+    log ends before `at` or has a hole there: the message says from when to when it can be had.
     """
     if not sources:
         raise UsageError(
@@ -217,10 +222,7 @@ def plan_restore(
         raise _unreachable(at, refused, [known[source] for source in wanted])
     reaches = [reach for reach in chosen.values() if reach is not None]
     asked = at if at != LATEST else max(reach.last for reach in reaches)
-    plan = RestorePlan(asked, tuple(_step(reach, at, asked) for reach in reaches))
-    if max_skew is not None:
-        _refuse_skew(plan, max_skew)
-    return plan
+    return RestorePlan(asked, tuple(_step(reach, at, asked) for reach in reaches))
 
 
 def _step(reach: Reach, at: datetime, asked: datetime) -> Step:
@@ -314,7 +316,8 @@ def _nearest(
         at = moved
 
 
-def _refuse_skew(plan: RestorePlan, max_skew: timedelta) -> None:
+def refuse_skew(plan: RestorePlan, max_skew: timedelta) -> None:
+    """Raises NoRecoveryPoint where a source lands more than `max_skew` before the instant asked for."""
     far = [step for step in plan.steps if step.skew > max_skew]
     if far:
         said = "; ".join(f"{s.source} lands at {format_instant(s.lands_at)}, {s.skew} before" for s in far)

@@ -18,9 +18,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupd.codec import Codec, codec_named
 from backupd.errors import Damaged, NoRecoveryPoint, ObjectMissing, RepositoryMissing, UsageError
@@ -52,8 +52,7 @@ _LARGEST_MANIFEST = 1 << 30
 _READERS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class PackRef:
+class PackRef(NamedTuple):
     """A pack that a point needs."""
 
     name: str
@@ -65,9 +64,9 @@ class PackRef:
     """Of the directory, 32 hex digits. The directory holds the digests of everything else in the pack."""
 
 
-@dataclass(frozen=True, slots=True)
-class PageRef:
-    """One slice of a tree's index, and where it lies."""
+class PageRef(NamedTuple):
+    """One slice of a tree's index, and where it lies. There are thousands: a tuple is made in a fifth of the time that
+    a frozen dataclass takes."""
 
     stat: str
     """Digest of the stat tuples it describes; empty where it can never be taken over unread."""
@@ -86,8 +85,7 @@ class PageRef:
     """Sum of its members' sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The written recovery point."""
 
     point: RecoveryPoint

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from backupd.model import LogSpan
+
 
 @dataclass(frozen=True, slots=True)
 class Retained:
@@ -13,17 +15,25 @@ class Retained:
     size: int
     """Bytes."""
     room: int | None
-    """Bytes that may be written until the server gives it up; None: it never does, and fills its disk."""
+    """Bytes that may be written until the server gives it up; None: it never does."""
     lost: bool = False
     """It was given up."""
+    setting: str = "max_slot_wal_keep_size"
+    """Of the server: what limits what it keeps."""
+    unsent: int | None = None
+    """Bytes of it that the server had not sent at most, since the last look: as much lay in the memory that it has for
+    our connection. None where that is not known, or no matter: it is on its disk."""
 
 
 @runtime_checkable
 class RetainingDriver(Protocol):
-    """A power of those whose server keeps the log until it is stored, however long that takes."""
+    """A power of those whose server keeps the log until it is stored, for good or for a while."""
 
-    def retained(self) -> Retained | None:
-        """As of now; None where it keeps nothing for us. Touches nothing. Raises CaptureFailed."""
+    def retained(self, since: LogSpan | None) -> Retained | None:
+        """As of now; None where it keeps nothing for us. Touches nothing. Raises CaptureFailed.
+
+        `since`: up to where the log is stored, where the asker knows; not every server does.
+        """
 
 
 MUCH = 2 << 30
@@ -49,10 +59,10 @@ def worry(retained: Retained | None) -> str:
     if retained.size < MUCH:
         return ""
     return (
-        f"the server keeps {_mib(retained.size)} of log that is not stored, and goes on until its disk is full: "
-        "set max_slot_wal_keep_size"
+        f"the server keeps {_mib(retained.size)} of log that is not stored, and goes on until it is full: "
+        f"set {retained.setting}"
     )
 
 
 def _mib(size: int) -> str:
-    return f"{size / (1 << 20):,.0f} MiB"
+    return f"{size / (1 << 20):,.0f} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from itertools import groupby
+from typing import NamedTuple
 
 from backupd.chain import Chain, chain_of, interval, need_of
 from backupd.model import LogSpan, PointKind, RecoveryPoint
@@ -65,8 +66,7 @@ class Policy:
         return bool(self.within or self.pitr) or any(getattr(self, rule) for rule in RULES)
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Keep or remove, and why."""
 
     point: RecoveryPoint

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         options.counts,
         options.point_gb,
         options.scale,
+        options.initial_gb,
     )
     try:
         for index, part in enumerate(options.parts):
@@ -73,6 +74,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--point-gb", type=float, help="size of the point for `files` (4)")
     parser.add_argument("--scale", type=int, help="pgbench's, of the database for `cluster` (335: 5 GB)")
+    parser.add_argument(
+        "--initial-gb", type=float, help="held by the server of `initial` (1); the goal names 5"
+    )
     parser.add_argument("--small", action="store_true", help="does it work? Seconds, one round")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--work", metavar="DIR", help="a directory on a disk (/var/tmp)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,6 @@ from benchmarks.containers import wait_for
 from benchmarks.measure import ToolFailed
 from benchmarks.tools import backupd_argv, clean_env
 
-_LISTEN = "127.0.0.1:18722"
 _CONFIG = """
 [repository]
 location = "{repository}"
@@ -36,9 +36,12 @@ class Agent:
         """`settings`: of the source, lines of TOML."""
         self.repository = home / "repository"
         self._home, self._source = home, source
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._listen = f"127.0.0.1:{free.getsockname()[1]}"
         config = home / "backupd.toml"
         config.write_text(
-            _CONFIG.format(repository=self.repository, listen=_LISTEN, source=source, settings=settings)
+            _CONFIG.format(repository=self.repository, listen=self._listen, source=source, settings=settings)
         )
         self.env = clean_env(home, BACKUPD_CONFIG=str(config), XDG_STATE_HOME=str(home))
         subprocess.run([*backupd_argv(), "-q", "init"], cwd=home, env=self.env, check=True)
@@ -65,7 +68,7 @@ class Agent:
         if agent.poll() is not None:
             raise ToolFailed(log.read_text()[-2000:])
         try:
-            with urllib.request.urlopen(f"http://{_LISTEN}/status", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{self._listen}/status", timeout=5) as answer:
                 told = json.load(answer)
         except OSError:
             return False
@@ -78,3 +81,13 @@ def processor_seconds(pid: int) -> float:
     """What a process has used so far, of all cores."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_anew(pid: int) -> None:
+    """Forget how much memory a process had at most, up to now (clear_refs(5), proc(5))."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def most_resident(pid: int) -> int:
+    """Bytes that a process had resident at most."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split(None, 1)[0]) * 1024

@@ -64,7 +64,10 @@ def postgres(*settings: str, data: Path | None = None) -> Iterator[str]:
 
 
 def _answers(name: str) -> bool:
-    argv = ["docker", "exec", name, "pg_isready", "-q", "-h", "127.0.0.1", "-U", "postgres"]
+    return _succeeds("docker", "exec", name, "pg_isready", "-q", "-h", "127.0.0.1", "-U", "postgres")
+
+
+def _succeeds(*argv: str) -> bool:
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
@@ -75,8 +78,8 @@ def sql(name: str, script: str) -> None:
 
 
 @contextmanager
-def redis() -> Iterator[str]:
-    """A Redis server that saves when it is told to; its container."""
-    with container(REDIS_IMAGE, "redis-server", "--save", "") as name:
-        wait_for(lambda: b"PONG" in docker("exec", name, "redis-cli", "ping"), REDIS_IMAGE)
+def redis(*settings: str) -> Iterator[str]:
+    """A Redis server that saves when it is told to; its container. `settings`: options of redis-server."""
+    with container(REDIS_IMAGE, "redis-server", "--save", "", *settings) as name:
+        wait_for(lambda: _succeeds("docker", "exec", name, "redis-cli", "ping"), REDIS_IMAGE)
         yield name

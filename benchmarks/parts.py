@@ -26,6 +26,7 @@ class Asked:
     counts: tuple[float, ...] | None
     point_gb: float | None
     scale: int | None = None
+    initial_gb: float | None = None
 
     def size(self, full: int, small: int) -> int:
         return small if self.small else full
@@ -162,9 +163,21 @@ def _recording(work: Path, asked: Asked) -> dict[str, object]:
 
 
 def _stream(work: Path, asked: Asked) -> dict[str, object]:
-    from benchmarks.stream import bench_stream
+    from benchmarks.stream import Load, bench_stream
 
-    return bench_stream(work, requests=asked.size(1_000_000, 2000), rounds=asked.rounds, say=say)
+    # So many that a turn takes ten to twenty seconds.
+    loads = (
+        Load("one at a time", asked.size(200_000, 1000), 1),
+        Load("sixteen at once", asked.size(1_000_000, 2000), 16),
+    )
+    return bench_stream(work, loads=loads[: asked.size(2, 1)], rounds=asked.rounds, say=say)
+
+
+def _initial(work: Path, asked: Asked) -> dict[str, object]:
+    from benchmarks.initial import bench_initial
+
+    size = int((asked.initial_gb or (0.02 if asked.small else 1)) * 1000 * MB)
+    return bench_initial(work, size=size, say=say)
 
 
 def _start(work: Path, asked: Asked) -> dict[str, object]:
@@ -187,6 +200,7 @@ PARTS: dict[str, Callable[[Path, Asked], dict[str, object]]] = {
     "postgres": _postgres,
     "recording": _recording,
     "stream": _stream,
+    "initial": _initial,
     "start": _start,
 }
 MANY_FILES = {"trees", "moves", "growth", "store"}

@@ -21,11 +21,10 @@ from backupd.archive.tar import (
     FILE,
     HARDLINK,
     SYMLINK,
-    TarEntry,
-    TarReader,
     header,
     padding,
 )
+from backupd.archive.tar.read import TarEntry, TarReader
 
 
 class Pipe(io.RawIOBase):

@@ -22,7 +22,7 @@ from backupd.archive.extract import Extraction
 from backupd.archive.frames import FrameReader
 from backupd.archive.page import Page
 from backupd.errors import CommandFailed, Damaged, Interrupted, NoRecoveryPoint, RestoreFailed
-from backupd.model import Bytes, MemberType, Silence, Stream, Streams, TarStream
+from backupd.model import Bytes, Member, MemberType, Silence, Stream, Streams, TarStream
 from backupd.stores import LocalStore
 
 
@@ -109,26 +109,35 @@ def test_content_that_moved_or_came_back_is_not_stored_again(tmp_path: Path) -> 
     assert describe(engine.restore(third, tmp_path / "restored")) == describe(root)
 
 
-def test_an_insertion_at_the_front_of_a_large_file_stores_little(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "most"), [(300_000, 100_000), (8_000_000, 200_000)], ids=str)
+def test_an_insertion_at_the_front_of_a_large_file_stores_little(
+    size: int, most: int, tmp_path: Path
+) -> None:
+    """Whether it comes whole into memory or piece by piece."""
     root = tmp_path / "tree"
     root.mkdir()
-    (root / "dump").write_bytes(noise(8_000_000))
+    (root / "dump").write_bytes(noise(size))
     engine = Engine()
     engine.write(root)
-    (root / "dump").write_bytes(b"one more byte" + noise(8_000_000))
-    assert engine.write(root).stored < 200_000
+    (root / "dump").write_bytes(b"one more byte" + noise(size))
+    point = engine.write(root)
+    assert point.stored < most
+    assert describe(engine.restore(point, tmp_path / "restored")) == describe(root)
 
 
-def test_pages_changed_in_place_store_about_those_pages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [300_000, 8_000_000])
+def test_pages_changed_in_place_store_about_those_pages(size: int, tmp_path: Path) -> None:
     root = tmp_path / "tree"
     root.mkdir()
-    data = bytearray(b"SQLite format 3\0" + noise(8_000_000))
+    data = bytearray(b"SQLite format 3\0" + noise(size))
     (root / "db.sqlite3").write_bytes(data)
     engine = Engine()
     engine.write(root)
-    data[4_000_000:4_000_010] = b"0123456789"
+    data[size // 2 : size // 2 + 10] = b"0123456789"
     (root / "db.sqlite3").write_bytes(data)
-    assert engine.write(root).stored < 16384 + 20_000
+    point = engine.write(root)
+    assert point.stored < 16384 + 20_000
+    assert describe(engine.restore(point, tmp_path / "restored")) == describe(root)
 
 
 def test_streams_come_back_whole_and_a_second_dump_stores_what_is_new(tmp_path: Path) -> None:
@@ -217,6 +226,29 @@ def test_the_tar_of_a_point_is_the_tree(every_kind: Path, tmp_path: Path) -> Non
             if entry["type"] == "l" and field in ("xattrs", "mtime"):
                 continue  # GNU tar sets neither on a symlink from a pax header of ours; extract does
             assert found[name][field] == entry[field], (name, field)
+
+
+def test_a_member_stands_in_the_tar_as_the_reader_wants_it(tmp_path: Path) -> None:
+    """Under another name and owner, or not at all; without the end, entries can follow."""
+    tree = tmp_path / "tree"
+    (tree / "kept").mkdir(parents=True)
+    contents = {"kept/large": noise(5 << 20), "kept/small": b"s" * 700, "left": b"out", "last": b""}
+    for name, content in contents.items():
+        (tree / name).write_bytes(content)
+    engine = Engine()
+
+    def moved(member: Member) -> Member | None:
+        return None if member.name == "left" else member._replace(name=f"to/{member.name}", uid=70, gid=71)
+
+    open_ended = b"".join(engine.archive(engine.write(tree)).tar(moved, end=False))
+    assert len(open_ended) % 512 == 0
+    more = tarfile.TarInfo("more").tobuf()
+    with tarfile.open(fileobj=io.BytesIO(open_ended + more + bytes(1024))) as tar:
+        found = {one.name: tar.extractfile(one).read() for one in tar if one.isfile()}  # type: ignore[union-attr]
+        owners = {(one.uid, one.gid) for one in tar.getmembers() if one.name != "more"}
+    del contents["left"]
+    assert found == {f"to/{name}": content for name, content in contents.items()} | {"more": b""}
+    assert owners == {(70, 71)}
 
 
 def test_a_tar_from_elsewhere_becomes_the_same_archive(every_kind: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from backupd.stores import MemoryStore
 
 PAGE = 8192
 MOST = LARGE // PAGE
-"""Pages of a file that is one blob still."""
+"""Pages of a file that comes whole into memory still."""
 
 
 @dataclass

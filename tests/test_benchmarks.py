@@ -127,11 +127,18 @@ def test_recording_is_measured_in_turns_with_and_without(disk: Path) -> None:
     assert len(told["all"]["with"]) == len(told["all"]["without"]) == 1
 
 
-def test_a_stream_is_measured_in_turns_with_and_without(disk: Path) -> None:
-    told = small(disk, "stream")["stream"]
-    assert told["all"] > 0
-    assert told["memory"] > 0
-    assert {"SET", "LPUSH"} <= set(told["ratio"])
+def test_a_stream_is_measured_in_turns_beside_others_that_receive_it(disk: Path) -> None:
+    told = small(disk, "stream")["stream"]["one at a time"]
+    assert set(told["all"]) == {"reader", "replica", "agent"}
+    assert {"SET", "LPUSH"} <= set(told["ratio"]["agent"])
+    assert told["costs"]["agent"]["memory"] > 0
+    assert told["costs"]["replica"]["beside"] > 0
+
+
+def test_memory_for_a_first_base_is_measured_for_a_server_and_for_a_tenth_of_it(disk: Path) -> None:
+    told = small(disk, "initial")["initial"]
+    assert list(told["taken"]) == ["2000000", "20000000"]
+    assert told["ratio"] > 0
 
 
 def test_one_file_comes_out_of_a_point_and_a_database_out_of_its_server(disk: Path) -> None:

@@ -30,7 +30,7 @@ sources = ["data"]
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     """One directory to protect, configured; no repository yet."""
-    made = Home(tmp_path)
+    made = InsideHome(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("hello\n")
     made.configure(VOLUME)
@@ -53,7 +53,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backed_up(template: Path, tmp_path: Path) -> Home:
     """The same with a repository and one recovery point."""
     shutil.copytree(template, tmp_path / "home")
-    return Home(tmp_path / "home")
+    return InsideHome(tmp_path / "home")
 
 
 def test_five_mistakes_in_a_configuration_are_all_told(home: Home) -> None:

@@ -120,6 +120,22 @@ def test_large_files_are_written_by_both(tmp_path: Path, jobs: list[tuple[Extrac
     assert len({apart for apart, _ in jobs}) == 2
 
 
+def test_content_that_is_not_side_by_side_in_its_frame_is_put_together(tmp_path: Path) -> None:
+    """A first run's frame has the headers of a tar between files: what two of them hold can be one file later."""
+    root = tmp_path / "tree"
+    root.mkdir()
+    halves = [b"SQLite format 3\0" + random.Random(seed).randbytes(20 * 16384 - 16) for seed in (1, 2)]
+    for name, half in zip("ab", halves, strict=True):
+        (root / name).write_bytes(half)
+    engine = local(tmp_path)
+    engine.write(root)
+    (root / "c").write_bytes(b"".join(halves))
+    point = engine.write(root)
+    assert point.stored < 16384, "nothing of it is new"
+    restored = engine.restore(point, tmp_path / "restored")
+    assert not differences(describe(root), describe(restored))
+
+
 def test_modes_are_what_they_were_whatever_the_umask(tree: Path, tmp_path: Path) -> None:
     (tree / "d0" / "file0").chmod(0o666)
     (tree / "d1" / "file1").chmod(0o600)

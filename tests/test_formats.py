@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backupd.archive.cut import ContentCutter, Cutter, FixedCutter, block_size
-from backupd.archive.files import is_paged
+from backupd.archive.cut import ContentCutter, Cutter, FixedCutter, block_size, is_paged
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import BLOB, PackBuilder, decode_directory, directory_length
 from backupd.archive.page import decode_page, encode_page, pieces_of

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from backupd.chain import chains, cover, need_of
 from backupd.errors import NoRecoveryPoint, UsageError
 from backupd.model import Anchor, Json, LogMark, LogSpan, PointKind, RecoveryPoint
-from backupd.plan import LATEST, format_instant, landed_early, parse_at, plan_point, plan_restore, windows
+from backupd.plan import (
+    LATEST,
+    format_instant,
+    landed_early,
+    parse_at,
+    plan_point,
+    plan_restore,
+    refuse_skew,
+    windows,
+)
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -117,9 +126,10 @@ def test_a_log_alone_restores_nothing() -> None:
 def test_more_skew_than_allowed_is_refused() -> None:
     """Naming who lands too early."""
     points = [point("a", at(3)), point("b", at(1))]
-    assert plan_restore(points, at(3), ["a", "b"], max_skew=timedelta(hours=2))
+    plan = plan_restore(points, at(3), ["a", "b"])
+    refuse_skew(plan, timedelta(hours=2))
     with pytest.raises(NoRecoveryPoint, match="b lands at 2026-11-22T01:00:00Z"):
-        plan_restore(points, at(3), ["a", "b"], max_skew=timedelta(hours=1))
+        refuse_skew(plan, timedelta(hours=1))
 
 
 def test_one_point_is_a_plan() -> None:
@@ -266,6 +276,20 @@ def test_a_landing_earlier_than_planned_is_told() -> None:
     assert "3600.0 s before" in told
     (whole,) = plan_restore([based("a", at(1), 10, 20)], LATEST, ["a"], logs=found).steps
     assert landed_early(whole, at(2).isoformat()) == []
+
+
+def test_a_landing_that_is_known_before_counts_as_skew_and_is_followed_to_all_the_same() -> None:
+    """Where the log has no times of its own, the restore ends at an anchor; it is asked for the instant itself."""
+    found = chains([span(0, 100, at(2)), span(100, 200, at(4))])
+    plan = plan_restore([based("a", at(1), 10, 20)], at(3), ["a"], logs=found)
+    known = replace(plan, steps=tuple(step.landing_at(at(2)) for step in plan.steps))
+    (step,) = known.steps
+    assert (step.lands_at, step.replay_to, step.skew) == (at(2), at(3), timedelta(hours=1))
+    assert known.effective == at(2)
+    refuse_skew(plan, timedelta(0))
+    with pytest.raises(NoRecoveryPoint, match="a lands at"):
+        refuse_skew(known, timedelta(minutes=59))
+    assert step.landing_at(at(2)) == step
 
 
 def test_a_little_more_of_the_log_is_replayed_from_than_the_anchors_ask_for() -> None:

@@ -23,6 +23,7 @@ from backupd.agent.recording import RecorderState, Recordings
 from backupd.archive import open_archive
 from backupd.backup import back_up
 from backupd.chain import chains
+from backupd.drivers._tarstream import END
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recovery import Home as DataHome
 from backupd.drivers.postgres_recovery import Replayed, wal_files
@@ -120,7 +121,7 @@ class Protected:
         pieces = read_logs(self.repository, step.logs)
         driver.load_to(open_archive(self.repository, step.point), pieces, step.replay_to, container)
         wal = "/var/lib/postgresql/data/pg_wal"
-        container.write(wal, DataHome(wal, wal, 999, 999).files(beside))
+        container.write(wal, [*DataHome(wal, wal, 999, 999).files(beside), END])
         container.start()
         sandbox.wait_ready(container, spec)
         return container
@@ -133,7 +134,8 @@ class Protected:
             c for c in chains(*self.repository.logs("orders")) if c.epoch == point.attributes["epoch"]
         )
         segments = wal_files(read_logs(self.repository, chain.spans), point, Replayed(None))
-        return [(f"{point.attributes['timeline']:08X}.history", history), *segments]
+        copies = [(name, bytes(content)) for name, content in segments]  # each is ours until the next
+        return [(f"{point.attributes['timeline']:08X}.history", history), *copies]
 
     def sound(self) -> bool:
         return verify(self.repository, sources=None, data_percent=100, progress=Silence()).problems == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import services as bed
-from commands import Home
+from commands import Home, InsideHome
 from test_postgres_physical import connect, prepare
 
 from backupd.drivers.postgres_client import InContainer
@@ -50,10 +49,10 @@ def serving(home: Home) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def bars(home: Home, source: str) -> list[dict[str, str]]:
-    """The stretches to any instant of which the source can be restored now."""
-    found: list[dict[str, str]] = (
-        json.loads(home.ok("window", source, "--json").out).get(source, {}).get("continuous", [])
-    )
+    """The stretches to any instant of which the source can be restored now. Tests ask again and again: without a
+    process for each."""
+    windows = InsideHome(home.path, home.env).ok("window", source, "--json").json
+    found: list[dict[str, str]] = windows.get(source, {}).get("continuous", [])
     return found
 
 

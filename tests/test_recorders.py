@@ -218,7 +218,7 @@ class Keeping(AccountDriver):
 
     keeps: Retained | None = Retained(3 * GIB, 2 * GIB)
 
-    def retained(self) -> Retained | None:
+    def retained(self, since: LogSpan | None) -> Retained | None:
         return self.keeps
 
 
@@ -275,7 +275,7 @@ def test_how_far_a_log_has_come_is_measured(setup: Setup) -> None:
         (None, ""),
         (Retained(0, None), ""),
         (Retained(MUCH - 1, None), ""),
-        (Retained(MUCH, None), "until its disk is full"),
+        (Retained(MUCH, None), "until it is full: set max_slot_wal_keep_size"),
         (Retained(3 * GIB, GIB), ""),
         (Retained(3 * GIB, GIB - 4), "gives it up after 1,024 MiB more"),
         (Retained(0, 0), ""),

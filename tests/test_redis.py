@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import secrets
 import socket
 import tarfile
@@ -26,6 +27,7 @@ from backupd.drivers.redis_wire import Connection, RedisAddress
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed
 from backupd.sandbox.docker import DockerSandbox
 from backupd.sandbox.engine import Engine
+from backupd.waiting import StartingDriver
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_no_replica_stays_attached(start_redis: StartService) -> None:
     source = start_redis()
     captured.take(driver(source, way="wire"))
     bed.wait_until(
-        lambda: client(source).info("replication")["connected_slaves"] == 0, timeout=5, what="no replica"
+        lambda: client(source).info("replication")["connected_slaves"] == 0, timeout=30, what="no replica"
     )
 
 
@@ -439,6 +441,29 @@ def test_a_restore_survives_two_restarts_with_a_replica_attached(
         restored.set("written after", "v")
         restored.delete("written after")
         home.stop()
+
+
+def test_a_server_that_loads_for_long_tells_how_far_it_is(
+    start_redis: StartService, services: bed.Services, engine: Engine
+) -> None:
+    """So it is waited for as long as it gets on, and not for two minutes; here each key takes it half a millisecond."""
+    source = start_redis("--enable-debug-command", "yes", "--rdbcompression", "no")
+    client(source).execute_command("DEBUG", "POPULATE", "3000", "key", "1000")
+    taken = captured.take(driver(source))
+    slow = ["--key-load-delay", "500", "--loading-process-events-interval-bytes", "65536"]
+    made = services.container(bed.REDIS_IMAGE, ["redis-server", *slow], port=6379, start=False)
+    home, mine = engine.container(made.name), driver(source)
+    assert isinstance(mine, StartingDriver)
+    mine.load(taken, home)
+    home.start()
+    seen: list[str] = []
+
+    def loaded() -> bool:
+        seen.append(mine.starting(home))
+        return seen[-1] == "" and len(set(seen)) > 2
+
+    bed.wait_until(loaded, timeout=60, what="the loading server")
+    assert all(re.fullmatch(r"(loading its data: \d of 2 MiB)?", said) for said in seen)
 
 
 @pytest.mark.parametrize("appendonly", ["no", "yes"])

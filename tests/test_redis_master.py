@@ -47,9 +47,10 @@ def driver(service: bed.Service) -> RedisDriver:
     return RedisDriver(RedisSettings(at, "wire", password=service.password))
 
 
-def put_back(service: bed.Service, point: captured.Held, **way: Any) -> Any:
+def put_back(service: bed.Service, point: captured.Held, *, keep: bool = False, **way: Any) -> Any:
     """As `restore --to in-place` does, with a safety copy of a given name."""
-    with driver(service).standing() as standing:
+    mine = driver(service)
+    with (mine.keeping() if keep else mine).standing() as standing:
         return standing.replace(point, lambda: iter(()), None, Way(safety="s4fe", **way), Silence())
 
 
@@ -115,7 +116,7 @@ def test_keys_whose_time_has_passed_go_and_are_counted_or_are_kept_with_the_time
     client(server, 3).set("long", 1, ex=1000)
     point = captured.take(driver(server))
     time.sleep(1.6)
-    done = put_back(server, point, keep_expired=keep)
+    done = put_back(server, point, keep=keep)
     if keep:
         assert 0 < one.pttl("short") <= 1600
         assert 998_000 < client(server, 3).pttl("long") <= 1_000_100
@@ -329,4 +330,4 @@ def test_in_place_on_the_command_line_and_back_by_the_safety_copy(
     safety = restored["recovered"]["held_before"]
     home.ok("restore", "--point", safety, "--to", "in-place")
     assert one.keys() == [b"precious too"]
-    home.refused("restore", "--at", "latest", "cache", "--expired", "keep", code=2)
+    home.refused("restore", "--at", "latest", "cache", "--listen", "here", code=2)

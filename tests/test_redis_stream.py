@@ -1,4 +1,4 @@
-"""A Redis replication stream: where its commands end, and where a restore to an instant lands. Pure."""
+"""A Redis replication stream: where its commands end, and where a restore to an instant lands. No server is needed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupd.chain import Need, chains, logs_for
+from backupd.drivers.redis import RedisDriver, RedisSettings
 from backupd.drivers.redis_aof import Course, Landing, Replay
-from backupd.drivers.redis_pitr import shortcomings
+from backupd.drivers.redis_pitr import RedisPitr, shortcomings
 from backupd.drivers.redis_stream import Answer, complete, select
 from backupd.errors import Damaged, RestoreFailed
-from backupd.model import Anchor, Json, LogSpan, PointKind, RecoveryPoint
+from backupd.logs import LogWriter, anchored, compact_logs, read_logs
+from backupd.model import Anchor, Json, LogSpan, PointKind, RecoveryPoint, Silence
+from backupd.repository import Repository
+from backupd.stores import MemoryStore
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -133,6 +138,7 @@ def test_the_log_is_replayed_from_the_base_to_the_landing_and_not_a_byte_more() 
     later = pieces((log[-1][0].end, b"$4\r\nPING\r\n*1\r\n$4\r\nPI", ()))
     unknown = Landing(100 + len(a + b + c + early), None, until=NOON + 2 * SECOND)
     assert replayed(log + later, end, None) == (a + b + c + early, unknown)
+    assert unknown.known == NOON + 2 * SECOND
 
 
 @given(units=st.lists(singles | transactions, min_size=1, max_size=8), data=st.data())
@@ -159,6 +165,40 @@ def test_however_the_log_was_cut_into_pieces_the_same_comes_back(
     for n in range(len(anchors) + 1):
         end = [100, *marks][n]
         assert replayed(log, 100, NOON + n * SECOND + SECOND / 2)[0] == stream[: end - 100]
+
+
+@given(
+    history=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(1, 3000), st.booleans()), min_size=1, max_size=20
+    ),
+    asked=st.integers(0, 30_000),
+    compacted=st.booleans(),
+)
+def test_a_plan_knows_where_its_restore_will_land(
+    history: list[tuple[int, int, bool]], asked: int, compacted: bool
+) -> None:
+    """By the headers of an object or two; also where the source stood still, and where objects were put together."""
+    repository = Repository.create(MemoryStore(), clock=lambda: NOON)
+    writer, now, position = LogWriter(repository, "s"), NOON, 100
+    writer.begin("e", position)
+    for pings, milliseconds, anchored_here in [(1, 1, False), *history]:
+        data, now = command(b"PING") * pings, now + timedelta(milliseconds=milliseconds)
+        if anchored_here:
+            writer.anchor(now, position + len(data))
+        if data:
+            writer.piece(position, position + len(data), data)
+        position += len(data)
+    writer.close()
+    if compacted:
+        compact_logs(repository, "s", progress=Silence())
+    (chain,) = chains(*repository.logs("s"))
+    base, to = point(100), min(NOON + timedelta(milliseconds=asked), chain.reach or NOON)
+    spans = logs_for(chain, Need("e", 100, 100), to)
+    replay = Replay(base, to)
+    for _ in replay.chunks(read_logs(repository, spans)):
+        pass
+    driver = RedisPitr(RedisDriver(RedisSettings()))
+    assert driver.lands_at(base, anchored(repository, spans, to), to) == replay.landing().at
 
 
 def test_a_log_that_does_not_reach_is_refused() -> None:

@@ -59,6 +59,8 @@ def restored_to(home: Home, at: str) -> tuple[list[datetime], dict[str, Any]]:
         done = home.run("restore", "--at", at, "cart", "--name", name, "--json")
         host, port = Engine().container(f"backupd-{name}-cart").address(6379)
         (restored,) = done.json["restored"]
+        planned = done.json["plan"]["steps"][0]["lands_at"].replace("Z", "+00:00")
+        assert at == "latest" or restored["recovered"]["as_of"] == planned
         assert done.code == (3 if restored["warnings"] else 0), done.err
         return stamps_of(host, port), {"warnings": restored["warnings"], **restored["recovered"]}
     finally:
@@ -104,11 +106,15 @@ def test_any_instant_comes_back_exactly_also_where_the_agent_was_killed_meanwhil
         time.sleep(1.5)
         first = datetime.now(UTC)
         time.sleep(1)
+        (told,) = home.ok("status", "--json").json
+        assert told["retained"]["size"] < 1 << 20 < told["retained"]["room"]
     time.sleep(2)
     second = datetime.now(UTC)  # nobody records now: the server's backlog keeps it
     time.sleep(1)
     with serving(home) as agent:
-        time.sleep(2)
+        again = second + timedelta(seconds=1)
+        bed.wait_until(lambda: window_end(home, "cart") > again, timeout=60, what=f"the log from {again} on")
+        time.sleep(0.5)
         third = datetime.now(UTC)
         time.sleep(1)
         stop.set()

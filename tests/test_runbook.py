@@ -21,6 +21,7 @@ from pathlib import Path
 import docker
 import pytest
 import services as bed
+from redis_exact import seen_from
 
 RUNBOOK = Path(__file__).parent.parent / "restore" / "RUNBOOK.md"
 PIECE = re.compile(
@@ -129,6 +130,7 @@ def shop(services: bed.Services, tmp_path: Path) -> Shop:
     env = {key: os.environ[key] for key in ("HOME", "DOCKER_HOST", "LANG") if key in os.environ}
     env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env |= {"BACKUPS": str(backups), "POSTGRES": postgres.name, "REDIS": redis.name}
+    env["AGENT"] = seen_from(redis.host, redis.port)
 
     def backupd(*argv: str) -> None:
         subprocess.run(["backupd", *argv, "-q"], cwd=work, env=env, check=True)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -40,10 +39,7 @@ FIRST = b"what the first backup found\n"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return bed.free_ports(1)[0]
 
 
 @dataclass
@@ -245,7 +241,7 @@ def test_an_idle_agent_ends_at_once(setup: Setup) -> None:
         agent.until(lambda: agent.said("started: "))
         began = time.monotonic()
         assert agent.end() == 0
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8  # docker kills after ten
     assert setup.strays() == []
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
+from services import wait_until
 
 from backupd.errors import Locked, StoreError
 from backupd.stores.leases import HeartbeatLease, Reading, Record
@@ -40,7 +40,7 @@ class MemoryRegister:
         self.tags = itertools.count(1)
         self.lock = threading.Lock()
         self.lose_answers = 0
-        self.unreachable = False
+        self.unreachable, self.refused = False, 0
         self.clock, self.written = clock, 0.0
 
     def read(self) -> Reading | None:
@@ -51,6 +51,7 @@ class MemoryRegister:
 
     def write(self, data: bytes, expected: str | None) -> str | None:
         if self.unreachable:
+            self.refused += 1
             raise StoreError("out of reach", transient=True)
         with self.lock:
             if (None if self.data is None else self.tag) != expected:
@@ -170,32 +171,36 @@ def test_a_lost_answer_is_not_a_lost_lease() -> None:
     lease = take(register, ttl=0.3)
     first = register.tag
     register.lose_answers = 2
-    time.sleep(0.35)
-    assert register.tag != first
-    assert register.lose_answers < 2
+    wait_until(lambda: register.tag != first and register.lose_answers < 2, timeout=20, what="a renewal")
     lease.check()
     lease.close()
 
 
 def test_a_store_out_of_reach_for_a_while_is_no_loss() -> None:
     """Renewals fail and come back within the lease's life."""
-    register = MemoryRegister()
-    lease = HeartbeatLease(register, "leases/prune.json", ttl=1.5)
-    register.unreachable = True
-    time.sleep(0.8)
+    clock, register = Clock(), MemoryRegister()
+    lease = take(register, clock, ttl=0.3)
+    first, register.unreachable = register.tag, True
+    wait_until(lambda: register.refused > 1, timeout=20, what="renewals that fail")
+    clock.boot += 0.2
     lease.check()
     register.unreachable = False
-    time.sleep(1.0)
+    wait_until(lambda: register.tag != first, timeout=20, what="a renewal")
+    wait_until(lambda: lease._since[0] == clock.boot, timeout=20, what="its count")
+    clock.boot += 0.2  # 0.4 since it was taken
     lease.check()
     lease.close()
 
 
 def test_a_store_out_of_reach_for_too_long_is_a_loss() -> None:
     """No answer for the lease's life: check raises, though nobody else has it."""
-    register = MemoryRegister()
-    lease = HeartbeatLease(register, "leases/prune.json", ttl=0.5)
+    clock, register = Clock(), MemoryRegister()
+    lease = take(register, clock, ttl=0.3)
     register.unreachable = True
-    time.sleep(0.6)
+    wait_until(lambda: register.refused > 1, timeout=20, what="renewals that fail")
+    clock.boot += 0.2
+    lease.check()
+    clock.boot += 0.2
     with pytest.raises(Locked):
         lease.check()
     register.unreachable = False
@@ -219,7 +224,7 @@ def test_a_holder_that_was_replaced_does_not_let_go_for_the_other() -> None:
     register = MemoryRegister()
     lease = take(register, ttl=0.3)
     register.data, register.tag = Record("other:1:dd", 99, TTL).written(), "theirs"
-    time.sleep(0.3)
+    wait_until(lease._lost.is_set, timeout=20, what="the next renewal")
     with pytest.raises(Locked):
         lease.check()
     lease.close()

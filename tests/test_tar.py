@@ -24,14 +24,13 @@ from backupd.archive.tar import (
     FILE,
     HARDLINK,
     SYMLINK,
-    TarEntry,
-    TarReader,
     acl_from_text,
     acl_to_text,
     file_header,
     header,
     padding,
 )
+from backupd.archive.tar.read import TarEntry, TarReader
 from backupd.errors import Damaged
 
 # --- names and numbers as they come --------------------------------------------------------------------

@@ -6,17 +6,16 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd import log
+from backupd.agent.findings import Finding, found_at
 from backupd.agent.names import expand
 from backupd.config import SOURCES, Config
 from backupd.errors import BackupdError, NoRecoveryPoint, RepositoryMissing, StoreError, UsageError
-from backupd.live import Way
 from backupd.model import (
     Archive,
     Clock,
@@ -71,21 +70,7 @@ def secrets_of(config: Config) -> list[str]:
     return [secret.get_secret_value() for secret in found if secret is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What `check` found at one place."""
-
-    where: str
-    problems: tuple[Problem, ...] = ()
-    detail: str = ""
-
-    @property
-    def fatal(self) -> bool:
-        return any(p.fatal for p in self.problems)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one source: a run, or why there is none."""
 
     source: str
@@ -246,7 +231,7 @@ class Agent:
 
     def check(self) -> list[Finding]:
         """Every part in turn, each problem with its fix; a failure of one does not hide another's."""
-        sources = [_finding(name, partial(self._check_source, name)) for name in self.config.sources]
+        sources = [found_at(name, partial(self._check_source, name)) for name in self.config.sources]
         return [self._check_repository(), self._check_catalog(), *sources]
 
     def _check_source(self, name: str) -> Sequence[Problem]:
@@ -267,14 +252,14 @@ class Agent:
                 return [Problem(error.message, error.hint, fatal=False)]
             return []
 
-        return _finding(f"repository {self.config.repository.location}", probe)
+        return found_at(f"repository {self.config.repository.location}", probe)
 
     def _check_catalog(self) -> Finding:
         def probe() -> list[Problem]:
             self.catalog.running()
             return []
 
-        return _finding("history", probe)
+        return found_at("history", probe)
 
     # --- restore -------------------------------------------------------------------------------------
 
@@ -283,7 +268,8 @@ class Agent:
     ) -> RestorePlan:
         """What restores sources and stacks, configured or only in the repository, to an instant; or the one
         point asked for. Nothing named means everything that has a point. Raises NoRecoveryPoint, UsageError."""
-        from backupd.plan import plan_point, plan_restore
+        from backupd.agent.landing import landed
+        from backupd.plan import plan_point, plan_restore, refuse_skew
 
         repository = self.repository()
         if point:
@@ -302,7 +288,10 @@ class Agent:
                 "the repository holds no recovery point", hint="`backupd backup` makes some"
             )
         logs = self.chains(point for point in points if point.source in wanted)
-        return plan_restore(points, at, wanted, logs=logs, max_skew=max_skew)
+        made = landed(plan_restore(points, at, wanted, logs=logs), self.driver_for, repository)
+        if max_skew is not None:
+            refuse_skew(made, max_skew)
+        return made
 
     def chains(self, points: Iterable[RecoveryPoint]) -> list[Chain]:
         """The logs that continue these points; nothing is listed for those that stand alone."""
@@ -325,10 +314,11 @@ class Agent:
 
     def restore(
         self, plan: RestorePlan, to: str, *, name: str, watch: Callable[[Step], Progress], keep: bool = False,
-        target: Mapping[str, str] | None = None, way: Way | None = None,
+        target: Mapping[str, str] | None = None, listen: str = "", keep_expired: bool = False,
     ) -> RestoreReport:  # fmt: skip
         """Carry out a plan: `sandbox`, `dir:PATH`, `container:NAME` or `in-place`; recorded. `target`: where the log's
-        replay ends instead of at an instant: lsn, xid or name. Raises UsageError, RestoreFailed, Damaged."""
+        replay ends instead of at an instant: lsn, xid or name. `listen`, `keep_expired`: see `backupd.live`.
+        Raises UsageError, RestoreFailed, Damaged."""
         kind, _, place = to.partition(":")
         if (kind, bool(place)) not in _PLACES:
             raise UsageError(f"--to {to!r} is no place", hint="sandbox, dir:PATH, container:NAME or in-place")
@@ -336,8 +326,9 @@ class Agent:
 
         def work() -> Run:
             report = self._restore(
-                plan, kind, place, name=name, watch=watch, keep=keep, target=target or {}, way=way or Way()
-            )
+                plan, kind, place, name=name, watch=watch, keep=keep, target=target or {}, listen=listen,
+                keep_expired=keep_expired,
+            )  # fmt: skip
             reports.append(report)
             told = [f"{source}: {len(lines)} facts differ" for source, lines in report.differences.items()]
             status = RunStatus.FAILED if told else RunStatus.OK
@@ -349,25 +340,27 @@ class Agent:
 
     def _restore(
         self, plan: RestorePlan, kind: str, place: str, *, name: str, watch: Callable[[Step], Progress],
-        keep: bool, target: Mapping[str, str], way: Way,
+        keep: bool, target: Mapping[str, str], listen: str, keep_expired: bool,
     ) -> RestoreReport:  # fmt: skip
         from backupd import restore
+        from backupd.agent.keeping import in_place, keeping, refuse_lasting
         from backupd.sandbox.docker import DockerSandbox
 
         work = restore.Work(self.repository(), self.clock, watch, self.stop, target)
+        driver: Callable[[str], Driver] = self.driver
+        driver_for: Callable[[RecoveryPoint], Driver] = self.driver_for
+        if keep_expired:
+            refuse_lasting(plan, driver_for)
+            driver, driver_for = keeping(driver), keeping(driver_for)
         if kind == "in-place":
-            from backupd.agent.keeping import in_place
-
-            return in_place(plan, self.driver, self._recorder(), work, way)
+            return in_place(plan, driver, self._recorder(), work, listen)
         if kind == "dir":
             return restore.restore_to_directory(plan, Path(place), work)
         if kind == "container":
             waiter = DockerSandbox(self.engine, "none")  # makes nothing: it knows how to wait
-            return restore.restore_to_container(
-                plan, self.driver_for, self.engine.container(place), work, ready=waiter.wait_ready
-            )
-        sandbox = DockerSandbox(self.engine, name)
-        return restore.restore_to_sandbox(plan, self.driver_for, sandbox, work, keep=keep)
+            container = self.engine.container(place)
+            return restore.restore_to_container(plan, driver_for, container, work, ready=waiter.wait_ready)
+        return restore.restore_to_sandbox(plan, driver_for, DockerSandbox(self.engine, name), work, keep=keep)
 
     # --- jobs ----------------------------------------------------------------------------------------
 
@@ -439,10 +432,9 @@ class Agent:
         keys = [max(found) for name in self.config.sources if (found := repository.point_keys(name))]
         newest = [repository.manifest_at(key).point for key in keys]
         recorded = [name for name, source in self.config.sources.items() if source.recorded_every]
-        retained = retained_of_all(recorded, self.driver)
-        return protections(
-            self.config, newest, self.catalog, self.clock(), reached(repository, recorded), retained
-        )
+        logs = {name: repository.logs(name)[0] for name in recorded}
+        retained = retained_of_all(logs, self.driver)
+        return protections(self.config, newest, self.catalog, self.clock(), reached(logs), retained)
 
     def open(self, point: str) -> Archive:
         """The archive of a point by id or its beginning, or of the newest point of a source."""
@@ -490,10 +482,3 @@ class Agent:
 
 def _sources_of(plan: RestorePlan) -> str:
     return ",".join(sorted(step.source for step in plan.steps))
-
-
-def _finding(where: str, probe: Callable[[], Sequence[Problem]]) -> Finding:
-    try:
-        return Finding(where, tuple(probe()))
-    except BackupdError as error:
-        return Finding(where, (Problem(error.message, error.hint),))

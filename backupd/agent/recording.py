@@ -16,7 +16,7 @@ from backupd.catalog import explain
 from backupd.errors import BackupdError, CaptureFailed, Locked, UsageError
 from backupd.log import run_context
 from backupd.logs import Claim, LogWriter
-from backupd.model import Clock, Driver, Json, RecordingDriver
+from backupd.model import Clock, Driver, Json, LogSpan, RecordingDriver
 from backupd.repository import Repository
 from backupd.retained import Retained, worry
 
@@ -75,6 +75,7 @@ class RecorderState:
             "error": self.error,
             "retained_bytes": self.retained.size if self.retained else None,
             "retained_room_bytes": self.retained.room if self.retained else None,
+            "unsent_bytes": self.retained.unsent if self.retained else None,
         }
 
 
@@ -97,9 +98,12 @@ class Recordings:
     ) -> None:
         self._driver, self._repository, self.clock, self._on_begin = driver, repository, clock, on_begin
         self._stop = threading.Event()
-        self._watches = {name: Watch(name, driver, self._stop, every=look_every) for name in intervals}
         self._sources = {
             name: _Source(name, interval, self, pause, clock()) for name, interval in intervals.items()
+        }
+        self._watches = {
+            name: Watch(name, driver, source.stored, self._stop, every=look_every)
+            for name, source in self._sources.items()
         }
 
     def __enter__(self) -> Recordings:
@@ -228,6 +232,13 @@ class _Source:
             self.begun.set()
         else:
             self.begun.clear()
+
+    def stored(self) -> LogSpan | None:
+        """Up to where the log is stored; None until that is known."""
+        recorded = self.sink.recorded if self.sink else None
+        if recorded is None or not recorded.epoch:
+            return self.sink.since if self.sink else None
+        return LogSpan(self.name, recorded.epoch, recorded.position, recorded.position, None, 0)
 
     def state(self, now: datetime) -> RecorderState:
         recorded = self.sink.recorded if self.sink else None

@@ -112,6 +112,8 @@ def gauges_of(states: Sequence[RecorderState]) -> list[Gauge]:
               lambda s: s.retained.size if s.retained else None),
         gauge("backupd_log_retained_room_bytes", "What may be written until the server gives up what it keeps.",
               lambda s: s.retained.room if s.retained else None),
+        gauge("backupd_log_unsent_bytes", "What the server's memory for our connection held at most, lately.",
+              lambda s: s.retained.unsent if s.retained else None),
     ]  # fmt: skip
 
 

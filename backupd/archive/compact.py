@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from backupd.archive.index import read_page
@@ -156,7 +156,7 @@ class _Move:
         before = [(name, when) for name, when in old.replaced if name in present and name not in names]
         replaced = [(pack.name, at) for pack in old.packs if pack.name not in names]
         packs = tuple(self.packs.get(name) or self._usage.packs[name] for name in names)
-        return replace(old, pages=pages, packs=packs, replaced=(*before, *replaced))
+        return old._replace(pages=pages, packs=packs, replaced=(*before, *replaced))
 
     def take_back(self) -> None:
         """Remove what was written; what cannot be removed now, the next prune removes."""
@@ -298,8 +298,8 @@ class _Move:
 
     def _add_page(self, page: _Page) -> None:
         offset = self._pack.add_page(page.stored)
-        ref = replace(
-            page.ref, pack=self._pack.name, offset=offset, length=len(page.stored), size=len(page.plain),
+        ref = page.ref._replace(
+            pack=self._pack.name, offset=offset, length=len(page.stored), size=len(page.plain),
             digest=self._repository.codec.digest(page.plain).hex(), packs=tuple(page.packs),
         )  # fmt: skip
         self._pack.directory.pages.append(page_row(ref))

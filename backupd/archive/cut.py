@@ -11,6 +11,9 @@ from typing import Protocol
 BLOCK_SIZE = 16384
 """Bytes of a blob of a large file, on average: fine enough that scattered updates store a quarter of what 1 MiB
 chunks would."""
+WHOLE = 64 << 10
+"""Bytes: a file of up to so many is one blob. Of a tree's bytes a fifth lie in files between this and 1 MiB: cut, an
+edited one is not stored whole."""
 _LARGEST = 256 << 10  # four times this, the longest content-defined blob, must fit into a frame
 _DOUBLE_AT = 2 << 30
 
@@ -44,6 +47,22 @@ class FixedCutter:
         return lengths
 
 
+class FileCutter:
+    """Cuts files that are at hand from end to end. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._fixed = FixedCutter()
+        self._content: ContentCutter | None = None
+
+    def cut(self, view: memoryview) -> list[int]:
+        """Lengths of the blobs of a file."""
+        if is_paged(bytes(view[:24])):
+            return self._fixed.cut(view, 0, last=True)
+        if self._content is None:
+            self._content = ContentCutter()
+        return self._content.cut(view, 0, last=True)
+
+
 class ContentCutter:
     """Blobs whose ends the content chooses."""
 
@@ -62,3 +81,12 @@ class ContentCutter:
         if not last and lengths and len(view) > self._size * 4:
             lengths.pop()  # its end is the buffer's, not the content's
         return lengths
+
+
+def is_paged(head: bytes) -> bool:
+    """Whether a file is written over in place, page by page, as its first 24 bytes tell.
+
+    SQLite: its file header. PostgreSQL: the first page's header, size and layout version at offset 18: 8192 with
+    version 4, since PostgreSQL 8.3.
+    """
+    return head.startswith(b"SQLite format 3\0") or head[18:20] == b"\x04\x20"

@@ -232,23 +232,28 @@ class Extraction:
 
     def _plan_row(self, name: str, row: Row, packs: list[str]) -> None:
         content = row[CONTENT]
-        one = type(content) is list and len(content) == 3 and content[2] == 1
+        one = type(content) is list and len(content) == 3
         if one and (len(row) == CONTENT + 1 or (is_file(row) and "sparse" not in extra_of(row))):
-            self._plan_small(name, row, packs[content[0]], content[1])
-        elif not is_file(row):
+            number, first, count = content
+            if self._plan_small(name, row, packs[number], first, count):
+                return
+        if not is_file(row):
             self._batch.pending.append((name, row))
         else:
             self._plan_large(name, row, packs)
 
-    def _plan_small(self, name: str, row: Row, pack: str, blob: int) -> None:
-        """Most files are one blob, and most lie in the frame of the one before."""
+    def _plan_small(self, name: str, row: Row, pack: str, blob: int, count: int) -> bool:
+        """Most files lie in one frame, and most in that of the one before. False: it does not."""
         last, first, end, wanted = self._last
         if last != pack or not first <= blob < end:
             number, first, end = self._frames.frame_of(pack, blob)
             wanted = self._batch.of(pack, number)
             self._last = (pack, first, end, wanted)
+        if not 0 < count <= end - blob:
+            return False
         xattrs = None if len(row) == CONTENT + 1 else xattrs_of(row)
-        wanted.wholes.append((name, blob, row[MODE], row[MTIME], row[UID], row[GID], xattrs))
+        wanted.wholes.append((name, blob, count, row[MODE], row[MTIME], row[UID], row[GID], xattrs))
+        return True
 
     def _plan_large(self, name: str, row: Row, packs: list[str]) -> None:
         batch = self._batch

@@ -15,14 +15,15 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from backupd.codec import Buffer, Codec
 
-Whole: TypeAlias = "tuple[str, int, int, int, int, int, dict[bytes, bytes] | None]"
-"""A file that is one blob: path, number of the blob in its pack, mode, mtime in ns, uid, gid, xattrs."""
+Whole: TypeAlias = "tuple[str, int, int, int, int, int, int, dict[bytes, bytes] | None]"
+"""A file that lies in one frame: path, number of its first blob in the pack, of its blobs, mode, mtime in ns, uid, gid,
+xattrs."""
 Part: TypeAlias = "tuple[str, int, int, list[tuple[int, int]]]"
 """Blobs of a larger file that lie in one frame: path, first blob, one behind, and where in the file their bytes go,
 offset and length of each place. The file is there."""
@@ -59,14 +60,21 @@ class FrameExtractor:
             name = (wholes or parts)[0][0]
             raise Damaged(f"{name}: frame {number} of the pack {pack}: {error.message}") from None
         written = 0
+        row = self._blob.size
         for whole in wholes:
-            at, length, digest = self._blob.unpack_from(rows, (whole[1] - first) * self._blob.size)
-            written += length
-            self._write_whole(whole, self._checked(data, at, length, digest, whole[0], pack))
+            name, begin, count = whole[:3]
+            if count == 1:  # most
+                at, length, digest = self._blob.unpack_from(rows, (begin - first) * row)
+                content = [self._checked(data, at, length, digest, name, pack)]
+            else:
+                blobs = list(
+                    self._blob.iter_unpack(rows[(begin - first) * row : (begin - first + count) * row])
+                )
+                content = list(self._checked_runs(data, pack, name, blobs))
+            written += self._write_whole(whole, content)
         for name, begin, end, places in parts:
-            row = self._blob.size
             blobs = list(self._blob.iter_unpack(rows[(begin - first) * row : (end - first) * row]))
-            self._write_part(data, pack, name, blobs, iter(places))
+            self._write_part(name, self._checked_runs(data, pack, name, blobs), iter(places))
         return written, len(wholes)
 
     def _checked(
@@ -79,12 +87,26 @@ class FrameExtractor:
             raise Damaged(f"{name}: content in the pack {pack} is not what was written")
         return part
 
-    def _write_whole(self, whole: Whole, part: memoryview) -> None:
-        name, _, mode, mtime, uid, gid, xattrs = whole
+    def _checked_runs(
+        self, data: memoryview, pack: str, name: str, blobs: list[tuple[int, int, bytes]]
+    ) -> Iterator[memoryview]:
+        """Blobs of a file; neighbours in the frame are handed out as one."""
+        for start, end in side_by_side(blobs):
+            for at, length, digest in blobs[start:end]:
+                self._checked(data, at, length, digest, name, pack)
+            first, last = blobs[start], blobs[end - 1]
+            yield data[first[0] : last[0] + last[1]]
+
+    def _write_whole(self, whole: Whole, content: list[memoryview]) -> int:
+        """Its bytes."""
+        name, _, _, mode, mtime, uid, gid, xattrs = whole
+        written = 0
         fd = self.open(name, _NEW, mode & 0o777)
         try:
-            while part:
-                part = part[os.write(fd, part) :]
+            for part in content:
+                written += len(part)
+                while part:
+                    part = part[os.write(fd, part) :]  # noqa: PLW2901
             created = mode & 0o777 & ~self._umask
             if created == mode & 0o7777 and (uid, gid) == self._me and xattrs is None:
                 os.utime(fd, ns=(mtime, mtime))  # the common case: one call
@@ -92,29 +114,20 @@ class FrameExtractor:
                 self.finish(fd, name, mode, mtime, uid, gid, xattrs, created=created)
         finally:
             os.close(fd)
+        return written
 
     def _write_part(
-        self,
-        data: memoryview,
-        pack: str,
-        name: str,
-        blobs: list[tuple[int, int, bytes]],
-        places: Iterator[tuple[int, int]],
+        self, name: str, content: Iterable[memoryview], places: Iterator[tuple[int, int]]
     ) -> None:
-        """Neighbours in the frame that are neighbours in the file are written at once."""
         offset = left = 0
         fd = self.open(name, _THERE)
         try:
-            for start, end in _runs(blobs):
-                for at, length, digest in blobs[start:end]:
-                    self._checked(data, at, length, digest, name, pack)
-                first, last = blobs[start], blobs[end - 1]
-                part = data[first[0] : last[0] + last[1]]
+            for part in content:
                 while part:
                     if not left:
                         offset, left = next(places)
                     done = os.pwrite(fd, part[:left], offset)
-                    part, offset, left = part[done:], offset + done, left - done
+                    part, offset, left = part[done:], offset + done, left - done  # noqa: PLW2901
         finally:
             os.close(fd)
 
@@ -178,7 +191,7 @@ class FrameExtractor:
             self.warnings.append(text)
 
 
-def _runs(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
+def side_by_side(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
     """Ranges of blobs that lie side by side in their frame."""
     start = 0
     for index in range(1, len(blobs) + 1):

@@ -10,7 +10,7 @@ from backupd.archive.page import Pieces
 from backupd.archive.pipeline import FRAME_SIZE, SLAB_SIZE, Pipeline, Slab
 
 LARGE = 1 << 20
-"""Bytes: larger files are cut into blobs; smaller ones are one blob each."""
+"""Bytes: larger files are read piece by piece; smaller ones come whole into a slab."""
 
 Fill = Callable[[memoryview], int]
 """Put bytes into the view; how many, 0 at the end."""

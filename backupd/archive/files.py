@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backupd.archive import tar
-from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
+from backupd.archive.cut import WHOLE, ContentCutter, Cutter, FixedCutter, is_paged
 from backupd.archive.feed import LARGE, feed_large
 from backupd.archive.page import CTIME, SIZE, Pieces, Row, encode_xattrs
 from backupd.archive.patterns import compile_patterns
@@ -60,7 +60,9 @@ class FileReader:
         if os.readv(fd, [view[start : end + 1]]) != size or stat_tuple(os.fstat(fd)) != entry:
             return None
         pieces: Pieces = []
-        if size:
+        if size > WHOLE:
+            slab.add_file(start, size, pieces)
+        elif size:
             # Digested here, while it is in the core's cache; and thousands of calls fewer that wait in turn for
             # the interpreter's lock: a third of a full run's time.
             digest = pipeline.digest(view[start:end])
@@ -129,8 +131,7 @@ class FileReader:
         slab = pipeline.room(0)
         if self._writer.plain:
             slab.view[slab.length : start] = self._header(full, size, entry, xattrs)
-        if size:
-            slab.blobs.append((start, size, pieces, b""))
+        slab.add_file(start, size, pieces)
         end = start + size
         if self._writer.plain and (rest := -size & 511):
             slab.view[end : end + rest] = bytes(rest)
@@ -233,15 +234,6 @@ def _data_extents(fd: int, size: int) -> list[tuple[int, int]] | None:
     finally:
         os.lseek(fd, 0, os.SEEK_SET)
     return None if extents == [(0, size)] else extents
-
-
-def is_paged(head: bytes) -> bool:
-    """Whether a file is written over in place, page by page, as its first 24 bytes tell.
-
-    SQLite: its file header. PostgreSQL: the first page's header, size and layout version at offset 18: 8192 with
-    version 4, since PostgreSQL 8.3.
-    """
-    return head.startswith(b"SQLite format 3\0") or head[18:20] == b"\x04\x20"
 
 
 def read_xattrs(target: int | str) -> dict[bytes, bytes]:

@@ -1,7 +1,7 @@
 """A file of which only some pages are given: the others are as they were in an earlier point.
 
 Where the earlier point has the file page by page, its pages are named again and nothing of it is read. Small files are
-one blob each: they are read, laid together and stored anew.
+read, laid together and stored as any of their size.
 """
 
 from __future__ import annotations
@@ -73,8 +73,12 @@ def feed_whole(pipeline: Pipeline, chunks: Iterator[bytes], size: int, page: int
         pieces, _ = feed_large(pipeline, ChunkFill(chunks), FixedCutter(page), header=b"", size=size)
         return pieces
     made: Pieces = []
-    if size:
-        _feed_each(pipeline, ChunkFill(chunks), made, 1, size)
+    slab = pipeline.room(size)
+    start = slab.length
+    _fill_whole(ChunkFill(chunks), slab.view[start : start + size])
+    slab.add_file(start, size, made)
+    slab.length += size
+    pipeline.filled()
     return made
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupd.codec import DIGEST_SIZE, Codec
 from backupd.errors import Damaged
@@ -31,8 +31,7 @@ _HEAD = struct.Struct("<II")
 TAIL_SIZE = _TAIL.size
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One stored frame: where it lies in the pack, and how many blobs it holds."""
 
     offset: int

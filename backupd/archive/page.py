@@ -17,8 +17,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from backupd.errors import Damaged
 
@@ -33,8 +32,7 @@ Content: TypeAlias = "list[Any]"
 """A file's content on its way: pieces, and among them lists of Pieces that fill while their blobs are placed."""
 
 
-@dataclass(slots=True)
-class Page:
+class Page(NamedTuple):
     """Decoded."""
 
     packs: list[str]

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from backupd.archive.pack import BLOB, Directory
 from backupd.errors import Damaged
@@ -52,8 +51,7 @@ def in_order(
             items.close()  # a stage before this one ends with it, not when somebody sweeps up
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Neighbouring frames of a pack, read in one request."""
 
     pack: str
@@ -72,8 +70,7 @@ class Span:
         return last.offset + last.length - self.offset
 
 
-@dataclass(frozen=True, slots=True)
-class FrameContent:
+class FrameContent(NamedTuple):
     """A frame as stored and as given. Every blob in it that was asked for is what was written."""
 
     number: int

@@ -15,9 +15,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
+from backupd.archive.cut import WHOLE, FileCutter
 from backupd.archive.known import KnownContent
 from backupd.archive.pack import BLOB, PackBuilder
 from backupd.archive.page import Pieces, Row, encode_page
@@ -39,8 +40,9 @@ _MOST_ROWS = 1024
 fill before thousands of pages wait for it."""
 
 
-Content: TypeAlias = "tuple[int, int, Pieces, bytes]"
-"""A blob in a slab: offset, length, where its place is to be noted, its digest (empty: the worker's to compute)."""
+Content: TypeAlias = "tuple[int, int, Pieces, bytes | None]"
+"""A blob in a slab: offset, length, where its place is to be noted, its digest. Empty: the worker's to compute. None: a
+file that the worker is to cut into blobs."""
 
 
 class Slab:
@@ -58,9 +60,13 @@ class Slab:
         self.blobs: list[Content] = []
         self.pages: list[PageDraft] = []
 
+    def add_file(self, start: int, length: int, pieces: Pieces) -> None:
+        """A file that lies in the slab from end to end: one blob, several where it is large, none where it is empty."""
+        if length:
+            self.blobs.append((start, length, pieces, b"" if length <= WHOLE else None))
 
-@dataclass(slots=True)
-class PageDraft:
+
+class PageDraft(NamedTuple):
     """A page whose content is still on its way to a pack."""
 
     slot: int
@@ -225,10 +231,12 @@ class Pipeline:
 
     def _worker(self) -> None:
         _yield_to_others()
+        cutter = FileCutter()
         while (job := self._work.get()) is not None:
             slab, frame = job
             try:
                 if self._failure is None:
+                    frame.blobs = _cut_files(slab, cutter)
                     self._make_frame(slab, frame)
             except BaseException as error:  # noqa: BLE001 - told to the reader, who raises it
                 self._fail(error)
@@ -238,7 +246,7 @@ class Pipeline:
     def _make_frame(self, slab: Slab, frame: _Frame) -> None:
         view, digest, pack_row = slab.view, self._codec.digest, BLOB.pack
         if self._known is None:
-            for offset, length, _, name in slab.blobs:
+            for offset, length, _, name in frame.blobs:
                 frame.rows.append(pack_row(offset, length, name or digest(view[offset : offset + length])))
             frame.size = slab.length
             frame.stored = self._codec.encode(view[: slab.length]) if slab.length else b""
@@ -246,7 +254,7 @@ class Pipeline:
         new: list[memoryview] = []
         end = 0
         find = self._known.find
-        for offset, length, _, known in slab.blobs:
+        for offset, length, _, known in frame.blobs:
             part = view[offset : offset + length]
             name = known or digest(part)
             place = None if known else find(name)  # whoever gave the digest has looked already
@@ -324,7 +332,7 @@ class Pipeline:
     def _finish_pack(self) -> None:
         pack = self._pack
         for slot, page, stored in self._waiting:
-            placed = replace(page, offset=pack.add_page(stored))
+            placed = page._replace(offset=pack.add_page(stored))
             pack.directory.pages.append(page_row(placed))
             self.pages[slot] = placed
         self._waiting, self._waiting_size = [], 0
@@ -347,6 +355,20 @@ class Pipeline:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None or not isinstance(self._failure, BackupdError):
             self._failure = error
+
+
+def _cut_files(slab: Slab, cutter: FileCutter) -> list[Content]:
+    """The blobs of a slab, those of files that were to be cut among them."""
+    blobs: list[Content] = []
+    for blob in slab.blobs:
+        start, length, pieces, digest = blob
+        if digest is not None:
+            blobs.append(blob)
+            continue
+        for count in cutter.cut(slab.view[start : start + length]):
+            blobs.append((start, count, pieces, b""))
+            start += count
+    return blobs
 
 
 def _yield_to_others() -> None:

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, cast
@@ -62,6 +61,8 @@ class ScanAhead:
             "digest_size": DIGEST_SIZE,
             "path": sys.path,
         }
+        import subprocess  # 3 ms
+
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", scan.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, pass_fds=(root,),

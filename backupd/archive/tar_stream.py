@@ -13,6 +13,7 @@ from backupd.archive.onto import feed_pages, feed_whole, laid_together, page_by_
 from backupd.archive.page import CONTENT, SIZE, Content, Pieces, Row, encode_xattrs
 from backupd.archive.patterns import compile_patterns
 from backupd.archive.scan import sort_key
+from backupd.archive.tar.read import TarEntry, TarReader
 from backupd.archive.writer import ArchiveWriter, Written
 from backupd.errors import Damaged
 from backupd.model import TarStream
@@ -35,7 +36,7 @@ class TarStreamReader:
 
     def __init__(self, writer: ArchiveWriter, content: TarStream) -> None:
         self._writer = writer
-        self._reader = tar.TarReader(content.file)
+        self._reader = TarReader(content.file)
         self._wanted = compile_patterns(content.include, content.exclude)
         self._paged = compile_patterns(content.paged, ()) if content.paged else None
         self._page_size = content.page_size
@@ -63,7 +64,7 @@ class TarStreamReader:
             self._writer.warn(note)
         return self._writer.finish(ordered=False)
 
-    def _add(self, path: str, entry: tar.TarEntry) -> None:
+    def _add(self, path: str, entry: TarEntry) -> None:
         mode = _KINDS[entry.typeflag] | (entry.mode & 0o7777)
         row: Row = ["", mode, entry.size, entry.mtime_ns, 0, 0, entry.uid, entry.gid, 1, None]
         extra: dict[str, Any] = {}
@@ -95,7 +96,7 @@ class TarStreamReader:
             self._dirs.append((parent, None, []))
         self._dirs[-1][2].append(row)
 
-    def _read_file(self, path: str, entry: tar.TarEntry) -> Pieces:
+    def _read_file(self, path: str, entry: TarEntry) -> Pieces:
         pipeline = self._writer.pipeline
         header = _header(entry) if self._writer.plain else b""
         if entry.stored > LARGE:
@@ -112,8 +113,7 @@ class TarStreamReader:
             end += got
         if end - start != entry.stored:
             raise Damaged(f"the tar from the helper ends inside {path}")
-        if entry.stored:
-            slab.blobs.append((start, entry.stored, pieces, b""))
+        slab.add_file(start, entry.stored, pieces)
         if header and (rest := -entry.stored & 511):
             slab.view[end : end + rest] = bytes(rest)
             end += rest
@@ -121,7 +121,7 @@ class TarStreamReader:
         pipeline.filled()
         return pieces
 
-    def _read_onto(self, path: str, entry: tar.TarEntry) -> Content:
+    def _read_onto(self, path: str, entry: TarEntry) -> Content:
         """A file of which some pages came; the latest point has the others."""
         earlier = self._writer.earlier
         row = earlier.files.get(path) if self._onto else None
@@ -137,7 +137,7 @@ class TarStreamReader:
         chunks = laid_together(earlier.content(pieces), fill, old, entry.size, given)
         return feed_whole(self._writer.pipeline, chunks, entry.size, page)
 
-    def _keep_header(self, entry: tar.TarEntry) -> None:
+    def _keep_header(self, entry: TarEntry) -> None:
         if self._writer.plain:
             header = _header(entry)
             slab = self._writer.pipeline.room(len(header))
@@ -152,7 +152,7 @@ class TarStreamReader:
         self._dirs, self._members = [], 0
 
 
-def _header(entry: tar.TarEntry) -> bytes:
+def _header(entry: TarEntry) -> bytes:
     return tar.header(
         entry.name, entry.typeflag, entry.mode & 0o7777, entry.uid, entry.gid, entry.size, entry.mtime_ns,
         link=entry.link, device=entry.device, xattrs=entry.xattrs, sparse=entry.sparse,

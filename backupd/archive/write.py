@@ -12,7 +12,6 @@ from backupd.archive.cut import ContentCutter, Cutter, FixedCutter
 from backupd.archive.feed import ChunkFill, feed_stream
 from backupd.archive.page import Row
 from backupd.archive.scan import sort_key
-from backupd.archive.tar_stream import TarStreamReader
 from backupd.archive.tree import TreeReader
 from backupd.archive.writer import ArchiveWriter, Written
 from backupd.model import Streams, TarStream, Tree
@@ -25,6 +24,8 @@ def write_archive(writer: ArchiveWriter, content: Tree | Streams | TarStream) ->
             return TreeReader(writer, content).read()
         if isinstance(content, Streams):
             return _read_streams(writer, content)
+        from backupd.archive.tar_stream import TarStreamReader
+
         return TarStreamReader(writer, content).read()
     except BaseException:
         writer.abandon()

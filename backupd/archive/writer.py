@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from backupd.archive import tar
 from backupd.archive.earlier import Earlier
@@ -18,8 +18,7 @@ _PUTTERS_FAR = 3
 """Packs that are sent at once where each waits for answers; a disk takes them as fast one by one, in less memory."""
 
 
-@dataclass(slots=True)
-class Written:
+class Written(NamedTuple):
     """What one run wrote, ready for a manifest."""
 
     pages: tuple[PageRef, ...]

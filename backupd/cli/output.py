@@ -35,6 +35,8 @@ def plain(value: Any) -> Any:  # noqa: PLR0911  a table, read downward
     """Anything of ours as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: plain(item) for name, item in value._asdict().items()}
     if isinstance(value, Table):
         return {name: plain(item) for name, item in vars(value).items()}
     if isinstance(value, Enum):

@@ -13,7 +13,6 @@ from backupd.cli.options import Session, command
 from backupd.cli.output import note, plain, print_json, print_table, printable, seconds, size, watching
 from backupd.config.values import Mistaken, format_duration, parse_duration
 from backupd.errors import RestoreFailed, UsageError
-from backupd.live import Way
 from backupd.logs import check_logs
 from backupd.plan import LATEST, RestorePlan, Step, format_instant, parse_at
 from backupd.restore import Restored, RestoreReport
@@ -155,7 +154,7 @@ def plan_command(
     type=click.Choice(["drop", "keep"]),
     default="drop",
     show_default=True,
-    help="in-place, Redis: keys whose time to live has passed since T.",
+    help="Redis: keys whose time to live has passed since T. keep: all times run on from where they stood.",
 )
 @click.option("--target-lsn", metavar="LSN", help="Replay the log up to this position instead.")
 @click.option("--target-xid", metavar="XID", help="Replay the log up to this transaction instead.")
@@ -187,15 +186,20 @@ def restore_command(
     """
     target = {name.removeprefix("target_"): value for name, value in targets.items() if value}
     _check_target(target, names)
-    if to != "in-place" and (listen or expired == "keep"):
-        raise UsageError("--listen and --expired are for a restore in place", hint="add --to in-place")
+    if listen and to != "in-place":
+        raise UsageError("--listen is for a restore in place", hint="add --to in-place")
+    if expired == "keep" and to.startswith("dir:"):
+        raise UsageError(
+            "files are restored as they are: only a server that loads them drops keys, or keeps them",
+            hint="leave --expired out, or restore to a sandbox or container:NAME",
+        )
     made = _plan(session, names, at or ("latest" if target and not point else None), max_skew, point)
     if target:
         note(session, f"the log is replayed to {_said(target)}, not to an instant")
     name = name or _sandbox_name(session.agent.clock())
     with watching(session) as watch:
         report = session.agent.restore(
-            made, to, name=name, keep=keep, target=target, way=Way(listen=listen, keep_expired=expired == "keep"),
+            made, to, name=name, keep=keep, target=target, listen=listen, keep_expired=expired == "keep",
             watch=lambda step: watch(step.source, step.point.size + sum(s.end - s.start for s in step.logs)),
         )  # fmt: skip
     if session.json:

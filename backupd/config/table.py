@@ -69,12 +69,18 @@ def keys_of(model: type[Any]) -> dict[str, Key]:
     return {name: field for name, field in _fields_of(model).items() if name not in INNER}
 
 
+_known: dict[type[Any], Mapping[str, Key]] = {}
+
+
 def _fields_of(model: type[Any]) -> Mapping[str, Key]:
+    if model in _known:
+        return _known[model]
     fields = {}
     for name, kind in get_type_hints(model, include_extras=True).items():
         default = getattr(model, name, REQUIRED)
         field = default if isinstance(default, Key) else Key(default)
         fields[name] = field._replace(kind=_present(kind))
+    _known[model] = fields
     return fields
 
 

@@ -17,8 +17,6 @@ libraries. Keys that expire are not compared: they may rightly be gone by the ti
 from __future__ import annotations
 
 import math
-import re
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +26,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
-from backupd.drivers.redis_home import DATA, bring_back, reach
+from backupd.drivers.redis_aof import Replay, bring_back_log
+from backupd.drivers.redis_home import DATA, bring_back, loading, reach
+from backupd.drivers.redis_save import save
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import BackupdError, CaptureFailed, ContainerError, RestoreFailed
 from backupd.model import (
@@ -115,10 +115,13 @@ class RedisDriver:
         *,
         container: Callable[[], Container] | None = None,
         clock: Clock = _utc_now,
+        keeps: bool = False,
     ) -> None:
         self._settings = settings
         self._container = container
         self._clock = clock
+        self.keeps = keeps
+        """Whether a restore keeps what has expired since its instant."""
 
     # --- capture
 
@@ -155,7 +158,7 @@ class RedisDriver:
             return server.time(), _wired(server)
         found = server.config("dir", "dbfilename")
         name = found.get("dbfilename", MEMBER)
-        before = _save(server)
+        before = save(server)
         if self._settings.way != "container" and self._settings.path is not None:
             return before, _contents(_open(self._settings.path / name))
         if container is None:
@@ -224,15 +227,29 @@ class RedisDriver:
     def load(self, archive: Archive, container: Container) -> None:
         """Lay the dump where the server looks for it, with the append-only file on or off.
 
-        Raises RestoreFailed where the container holds data already; then nothing was changed.
+        Raises RestoreFailed where the container holds data already, or what has expired cannot be kept; then nothing
+        was changed.
         """
         size = next((m.size for m in archive.members() if m.name == MEMBER), None)
         if size is None:
             raise RestoreFailed(
                 "this recovery point holds no dump.rdb", hint="is it one of a redis source? see backupd list"
             )
+        base = size, archive.read(MEMBER)
         with failing_as(RestoreFailed):
-            bring_back(container, self.credentials(), size, archive.read(MEMBER))
+            if self.keeps:
+                alone = Replay(archive.point, None, alone=True)
+                bring_back_log(container, self.credentials(), base, alone, (), keep=True)
+            else:
+                bring_back(container, self.credentials(), *base)
+
+    def keeping(self) -> RedisDriver:
+        """Implements `live.ExpiringDriver`."""
+        return RedisDriver(self._settings, container=self._container, clock=self._clock, keeps=True)
+
+    def starting(self, container: Container) -> str:
+        """Implements `waiting.StartingDriver`: a large dump takes minutes to load."""
+        return loading(container, self.credentials())
 
     def facts(self, container: Container) -> Facts:
         """What the server in a restored container holds, once it has loaded. Raises RestoreFailed."""
@@ -250,7 +267,8 @@ class RedisDriver:
         """The configured server, its clients' writes held. Raises RestoreFailed."""
         from backupd.drivers.redis_live import standing
 
-        return standing(self.connect, _measured if self._settings.facts else lambda _server: {})
+        measure = _measured if self._settings.facts else lambda _server: {}
+        return standing(self.connect, measure, keep=self.keeps)
 
     def credentials(self) -> RedisAddress:
         """User and password alone: they hold for a restored server too."""
@@ -300,56 +318,7 @@ class RedisDriver:
             )
 
 
-# --- the server's own save ------------------------------------------------------------------------------
-
-
-def _save(server: Connection, *, pause: float = 0.05) -> datetime:
-    """Have the server save, and wait for it. An instant that the saved state is not older than.
-
-    A save that is under way may have forked before we came: it is awaited, and another one taken.
-    """
-    while True:
-        state = _settled(server, pause)
-        last = server.call("LASTSAVE")
-        before = server.time()
-        if "rdb_saves" not in state and isinstance(last, int) and int(before.timestamp()) <= last:
-            time.sleep(
-                0.2
-            )  # before 7.0 only LASTSAVE tells, in whole seconds: ours must fall into a later one
-            continue
-        try:
-            server.call("BGSAVE")
-            break
-        except RedisError as error:
-            if not re.search("already in progress|child process", error.message):
-                raise CaptureFailed(
-                    error.message, hint=error.hint or "its log says why: is there memory for a fork?"
-                ) from error
-            time.sleep(pause)
-    after = _settled(server, pause)
-    if after.get("rdb_last_bgsave_status") != "ok":
-        raise CaptureFailed(
-            f"BGSAVE failed on the Redis server at {server.address}",
-            hint="its log says why: is its data directory writable, its disk full? source_of_rdb = 'wire' "
-            "needs no disk",
-        )
-    saved = int(after.get("rdb_saves", "0")) > int(state.get("rdb_saves", "0"))
-    now_last = server.call("LASTSAVE")
-    if not saved and not (isinstance(last, int) and isinstance(now_last, int) and now_last > last):
-        raise CaptureFailed("the server says that it saved, and has not", hint="its log says why")
-    return before
-
-
-def _settled(server: Connection, pause: float) -> dict[str, str]:
-    """INFO persistence, once no save is under way; no time limit, for the server keeps answering."""
-    while True:
-        state = server.info("persistence")
-        if state.get("loading") == "1":
-            raise RedisError("the Redis server is still loading its data", hint="try again later")
-        if state.get("rdb_bgsave_in_progress") == "0":
-            return state
-        time.sleep(pause)
-        pause = min(pause * 1.5, 1.0)
+# --- the dump's bytes -----------------------------------------------------------------------------------
 
 
 def _open(path: Path) -> BinaryIO:

@@ -2,7 +2,7 @@
 
 While it loads one, also the dump at its front, nothing expires and nobody else is heard, and each command is executed
 as a replica would: so the server comes to what its original held, keys included whose time has passed since. Then it is
-a master: those keys go, as they would have gone there.
+a master: those keys go, as they would have gone there, or a last command has given them new time (`redis_expiry`).
 
 A server with `appendonly no` does not look at such a file. Then a second server in the same container, reached by
 nobody, loads it and saves a dump, which the first finds when it starts.
@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
-from typing import cast
 
+from backupd.chain import need_of
 from backupd.drivers import _tarstream
-from backupd.drivers.redis_home import Home, fresh_server, layout
+from backupd.drivers.redis_expiry import keeping, refuse_old
+from backupd.drivers.redis_home import Home, fresh_server, layout, reach
 from backupd.drivers.redis_stream import complete, select
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import CommandFailed, Damaged, RestoreFailed
@@ -43,6 +44,7 @@ wait $server
 mv dump.rdb "../$4" && cd .. && rm -r "$1"
 """
 """The directory, `redis` or `valkey`, the number of databases, the dump's name."""
+APPEND = 'exec cat >>"$1"'
 PUT_IN_PLACE = """
 cd "$1/.." && rm -rf "$2" && mv "$1/$2" "$2" && rmdir "$1"
 """
@@ -63,6 +65,11 @@ class Landing:
     """The next instant that is known, where more was executed by then."""
     until: datetime | None = None
     """Where `at` is None: all that was executed by then is in it."""
+
+    @property
+    def known(self) -> datetime | None:
+        """The nearest instant that is known of it, at or before."""
+        return self.at or self.until
 
 
 @dataclass(slots=True)
@@ -93,12 +100,12 @@ class Course:
 
 
 class Replay:
-    """The log of a restore on its way: from the base's start on, with where it is to be cut known at its end."""
+    """The log of a restore on its way: from the base's start on, with where it is to be cut known at its end.
+    `alone`: there is none, and the point is restored as it is."""
 
-    def __init__(self, point: RecoveryPoint, at: datetime | None) -> None:
-        of = point.attributes
-        self.start, end = (cast("int", of[name]) for name in ("start", "end"))
-        database = of.get("stream_database")
+    def __init__(self, point: RecoveryPoint, at: datetime | None, *, alone: bool = False) -> None:
+        need, database = None if alone else need_of(point), point.attributes.get("stream_database")
+        self.start, end = (need.start, need.end) if need else (0, 0)
         self.first = select(database if isinstance(database, int) else 0)
         """A server that loads a file begins in database 0."""
         self._at = at
@@ -166,13 +173,17 @@ def bring_back_log(
     base: tuple[int, Iterable[bytes]],
     replay: Replay,
     logs: Iterable[tuple[LogSpan, bytes]],
+    *,
+    keep: bool = False,
 ) -> tuple[str, Landing]:
     """Lay a dump, of known size, and the log that is replayed on it into a container that holds nothing. It is stopped
-    then. Returns the server's directory, and where it will land.
+    then. `keep`: what has expired since is kept. Returns the server's directory, and where it will land.
 
-    Raises RestoreFailed, with nothing changed, where it holds data already.
+    Raises RestoreFailed, with nothing changed, where it holds data already, or cannot keep what has expired.
     """
     with fresh_server(container, address) as (server, home):
+        if keep:
+            refuse_old(server.info("server"))
         if not home.appendonly:
             _refuse_saving(server, container)
         folder = f"{home.directory.rstrip('/')}/{ASIDE}"
@@ -183,6 +194,8 @@ def bring_back_log(
         container.write(home.directory, [entry, _tarstream.END])
         container.write(folder, layout(aside, *base, alone=False))
         landing = _append(container, aside, base[0], replay, logs)
+        if keep:
+            _keep(container, address, aside, landing)
         if home.appendonly:
             last = home.appenddirname if home.major >= 7 else home.appendfilename
             _run(container, home, PUT_IN_PLACE, folder, last)
@@ -209,14 +222,28 @@ def _append(
     container: Container, home: Home, size: int, replay: Replay, logs: Iterable[tuple[LogSpan, bytes]]
 ) -> Landing:
     """How much of the log is wanted is known when it was read: it is cut there then."""
-    name, before = f"{home.directory}/{home.appendfilename}", size
-    if home.major >= 7:
-        name, before = f"{home.directory}/{home.appenddirname}/{home.appendfilename}.1.incr.aof", 0
-    _run(container, home, 'exec cat >>"$1"', name, stdin=chain([replay.first], replay.chunks(logs)))
+    name, before = _log_of(home), 0 if home.major >= 7 else size
+    _run(container, home, APPEND, name, stdin=chain([replay.first], replay.chunks(logs)))
     landing = replay.landing()
     whole = before + len(replay.first) + landing.position - replay.start
     _run(container, home, 'exec truncate -s "$2" "$1"', name, str(whole))
     return landing
+
+
+def _keep(container: Container, address: RedisAddress, home: Home, landing: Landing) -> None:
+    """As the last command, with the clock read when all before it is there. A connection of its own: the first one was
+    silent for as long as that took."""
+    assert landing.known is not None  # noqa: S101  every replay begins at an anchor
+    with reach(container, address) as server:
+        last = keeping(server, landing.known)
+    _run(container, home, APPEND, _log_of(home), stdin=[last])
+
+
+def _log_of(home: Home) -> str:
+    """The file to which commands are appended; before version 7 the dump stands at its front."""
+    if home.major >= 7:
+        return f"{home.directory}/{home.appenddirname}/{home.appendfilename}.1.incr.aof"
+    return f"{home.directory}/{home.appendfilename}"
 
 
 def _run(

@@ -6,6 +6,10 @@ since. That is one script, executed as the last command of the stream or of an a
 else, a server sees keys whose time has passed (Redis 7 and newer, Valkey). It is given the distance, not the time, so
 that it does the same on a replica, or when the file is loaded again.
 
+The distance is from the restored instant, by the source's clock, as it wrote the expiry times, to the moment at which
+the script is written, by the restored server's clock, as that is the one they are compared with. From that moment on
+time passes: also while the server loads what stands before the script.
+
 Fields of hashes with a time of their own: Valkey keeps them too; Redis shows those that have passed to nobody, and only
 moves the others.
 """
@@ -13,8 +17,9 @@ moves the others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 
+from backupd.drivers.redis_wire import Connection
 from backupd.errors import RestoreFailed
 
 OLDEST = 7
@@ -66,6 +71,15 @@ def kept(passed: timedelta, databases: int, *, fields: bool = False) -> bytes:
     of hashes, where the server knows such."""
     shift = passed // timedelta(milliseconds=1)
     return command("EVAL", SCRIPT, "0", str(shift), str(databases), "1" if fields else "0")
+
+
+def keeping(server: Connection, since: datetime) -> bytes:
+    """The command by which this server keeps what has expired since then. Raises RestoreFailed."""
+    about = server.info("server")
+    refuse_old(about)
+    passed = max(server.time() - since, timedelta(0))
+    databases = server.config("databases").get("databases", "16")
+    return kept(passed, int(databases), fields=has_fields(about))
 
 
 def has_fields(about: Mapping[str, str]) -> bool:

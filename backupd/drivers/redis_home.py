@@ -129,14 +129,28 @@ def reach(container: Container, address: RedisAddress, *, timeout: float = _READ
         time.sleep(0.1)
 
 
-def _reach_once(container: Container, address: RedisAddress) -> Connection:
+def loading(container: Container, address: RedisAddress) -> str:
+    """How much of its files a server that does not answer yet has loaded; empty where that cannot be told."""
+    with contextlib.suppress(RedisError, ContainerError), _connected(container, address) as server:
+        state = server.info("persistence")
+        if state.get("loading") == "1":
+            loaded, whole = (int(state[f"loading_{name}_bytes"]) >> 20 for name in ("loaded", "total"))
+            return f"loading its data: {loaded} of {whole} MiB"
+    return ""
+
+
+def _connected(container: Container, address: RedisAddress) -> Connection:
     host, port = container.address(6379)
     try:
-        server = Connection(RedisAddress(host, port, username=address.username, password=address.password))
+        return Connection(RedisAddress(host, port, username=address.username, password=address.password))
     except RedisError as error:
         if error.code not in ("ERR", "WRONGPASS") or not address.password:
             raise
-        server = Connection(RedisAddress(host, port))  # a fresh server knows no passwords
+        return Connection(RedisAddress(host, port))  # a fresh server knows no passwords
+
+
+def _reach_once(container: Container, address: RedisAddress) -> Connection:
+    server = _connected(container, address)
     try:
         server.call("PING")
         if server.info("persistence").get("loading") == "1":

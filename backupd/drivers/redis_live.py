@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from backupd.drivers.redis_aof import Landing, Replay
-from backupd.drivers.redis_expiry import has_fields, kept, refuse_old
+from backupd.drivers.redis_expiry import keeping
 from backupd.drivers.redis_in_place import Standing, Wanted
 from backupd.drivers.redis_master import Feed
 from backupd.drivers.redis_wire import Connection, RedisError
@@ -28,9 +28,14 @@ class RedisStanding:
     """A running server whose clients' writes are held."""
 
     def __init__(
-        self, server: Standing, connect: Callable[[], Connection], measure: Callable[[Connection], Facts]
+        self,
+        server: Standing,
+        connect: Callable[[], Connection],
+        measure: Callable[[Connection], Facts],
+        *,
+        keep: bool,
     ) -> None:
-        self._server, self._connect, self._measure = server, connect, measure
+        self._server, self._connect, self._measure, self._keep = server, connect, measure, keep
 
     @property
     def unfinished(self) -> str | None:
@@ -56,9 +61,9 @@ class RedisStanding:
         recorded = "start" in point.attributes
         landing = find_landing(archive, logs, at) if recorded else Landing(0, point.instant)
         last = b""
-        if way.keep_expired:
+        if self._keep:
             with self._connect() as server:
-                last = keeping(server, landing.at or at or point.instant)
+                last = keeping(server, landing.known or point.instant)
 
         def stream() -> Iterator[bytes]:
             if recorded:
@@ -71,9 +76,7 @@ class RedisStanding:
         )
         with self._connect() as server:
             facts = self._measure(server)
-        return Replaced(
-            facts, tuple(outcome.warnings), _told(landing, outcome.expired, kept=way.keep_expired)
-        )
+        return Replaced(facts, tuple(outcome.warnings), _told(landing, outcome.expired, kept=self._keep))
 
 
 def _told(landing: Landing, expired: int | None, *, kept: bool) -> Facts:
@@ -107,23 +110,14 @@ def up_to(position: int, replay: Replay, logs: Logs) -> Iterator[bytes]:
             return
 
 
-def keeping(server: Connection, since: datetime) -> bytes:
-    """The command by which keys whose time has passed since then are kept. Raises RestoreFailed."""
-    about = server.info("server")
-    refuse_old(about)
-    passed = max(server.time() - since, timedelta(0))
-    databases = server.config("databases").get("databases", "16")
-    return kept(passed, int(databases), fields=has_fields(about))
-
-
 @contextmanager
 def standing(
-    connect: Callable[[], Connection], measure: Callable[[Connection], Facts]
+    connect: Callable[[], Connection], measure: Callable[[Connection], Facts], *, keep: bool = False
 ) -> Iterator[RedisStanding]:
-    """Writes are held inside. Raises RestoreFailed."""
+    """Writes are held inside. `keep`: what has expired since the restored instant. Raises RestoreFailed."""
     try:
         server = Standing(connect)
     except RedisError as error:
         raise RestoreFailed(error.message, hint=error.hint) from error
     with server:
-        yield RedisStanding(server, connect, measure)
+        yield RedisStanding(server, connect, measure, keep=keep)

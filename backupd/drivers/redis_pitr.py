@@ -15,20 +15,24 @@ The rights (an ACL user sees all data by them, whatever its key patterns):
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from backupd.chain import need_of
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis import MEMBER, RedisDriver, describe, failing_as, reading_dump
-from backupd.drivers.redis_aof import REPORT, Landing, Replay, bring_back_log, report
+from backupd.drivers.redis_aof import REPORT, Course, Landing, Replay, bring_back_log, report
 from backupd.drivers.redis_home import DATA, reach
 from backupd.drivers.redis_recorder import RedisRecorder
+from backupd.drivers.redis_retained import SETTING, Limits, retained_by
 from backupd.drivers.redis_stream import Answer
+from backupd.drivers.redis_wire import Connection
 from backupd.errors import BackupdError, CaptureFailed, RestoreFailed
 from backupd.model import (
+    Anchor,
     Archive,
     Capture,
     Container,
@@ -41,6 +45,7 @@ from backupd.model import (
     Stream,
     Streams,
 )
+from backupd.retained import Retained, worry
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -60,6 +65,7 @@ class RedisPitr:
 
     def __init__(self, dumps: RedisDriver) -> None:
         self._dumps = dumps
+        self._recorder: RedisRecorder | None = None
 
     # --- capture
 
@@ -92,7 +98,20 @@ class RedisPitr:
 
     def recorder(self, *, interval: float) -> RedisRecorder:
         """What the server executes is stored after `interval` seconds, or 8 MiB."""
-        return RedisRecorder(self._dumps.connect, interval=interval)
+        self._recorder = RedisRecorder(self._dumps.connect, interval=interval)
+        return self._recorder
+
+    def retained(self, since: LogSpan | None = None) -> Retained | None:
+        """What the backlog and the output buffer hold of what is not stored. Raises CaptureFailed."""
+        with failing_as(CaptureFailed), self._dumps.connect() as server:
+            return self._retained(server, server.info("replication"), since)
+
+    def _retained(
+        self, server: Connection, link: Mapping[str, str], since: LogSpan | None
+    ) -> Retained | None:
+        held = self._recorder.held() if self._recorder is not None else None
+        limits = Limits.of_setting(server.config(SETTING).get(SETTING, ""))
+        return retained_by(link, limits, since, held)
 
     # --- restore
 
@@ -133,8 +152,26 @@ class RedisPitr:
             raise RestoreFailed("this recovery point holds no dump.rdb", hint="run backupd verify")
         with failing_as(RestoreFailed):
             base, replay = (size, archive.read(MEMBER)), Replay(point, at)
-            directory, landing = bring_back_log(container, self._dumps.credentials(), base, replay, logs)
+            directory, landing = bring_back_log(
+                container, self._dumps.credentials(), base, replay, logs, keep=self._dumps.keeps
+            )
             report(container, directory, _said(point, at, landing))
+
+    def keeping(self) -> RedisPitr:
+        """Implements `live.ExpiringDriver`."""
+        return RedisPitr(self._dumps.keeping())
+
+    def lands_at(self, point: RecoveryPoint, log: Iterable[LogSpan], at: datetime) -> datetime:
+        """Implements `live.AnchoredDriver`."""
+        need = need_of(point)
+        course = Course(at, Anchor(point.instant, need.end if need else 0))
+        for span in log:
+            course.note(span.anchors)
+        return course.landing().at or at
+
+    def starting(self, container: Container) -> str:
+        """Implements `waiting.StartingDriver`."""
+        return self._dumps.starting(container)
 
     def recovered(self, container: Container) -> Mapping[str, Json]:
         """Where a restored, running server landed. Raises RestoreFailed where it has not loaded."""
@@ -168,10 +205,11 @@ class RedisPitr:
             with self._dumps.connect() as server:
                 found = list(self._dumps.whole_problems(server))
                 link = server.info("replication")
-                limits = server.config(
-                    "client-output-buffer-limit", "min-replicas-to-write", "min-slaves-to-write"
-                )
-                found += shortcomings(server.info("server"), link, limits)
+                settings = server.config(SETTING, "min-replicas-to-write", "min-slaves-to-write")
+                found += shortcomings(server.info("server"), link, settings)
+                if told := worry(self._retained(server, link, None)):
+                    hint = "does the repository take what `backupd serve` stores, and in time?"
+                    found.append(Problem(told, hint, fatal=False))
                 moment = server.moment()
                 server.call("REPLCONF", "capa", "eof")
                 if link.get("repl_backlog_active") == "1":
@@ -186,7 +224,7 @@ class RedisPitr:
 
 
 def shortcomings(
-    about: Mapping[str, str], link: Mapping[str, str], limits: Mapping[str, str]
+    about: Mapping[str, str], link: Mapping[str, str], settings: Mapping[str, str]
 ) -> list[Problem]:
     """What a server that was reached lacks. Pure."""
     found = []
@@ -214,18 +252,16 @@ def shortcomings(
                 fatal=False,
             )
         )
-    words = limits.get("client-output-buffer-limit", "").split()
-    at = next((n for n, word in enumerate(words) if word in ("replica", "slave")), None)
-    hard = int(words[at + 1]) if at is not None and words[at + 1].isdigit() else 0
-    if 0 < hard < BACKLOG:
+    limits = Limits.of_setting(settings.get(SETTING, ""))
+    if limits is not None and 0 < limits.hard < BACKLOG:
         found.append(
             Problem(
-                f"client-output-buffer-limit lets a replica be {hard >> 10} KiB behind at most",
+                f"client-output-buffer-limit lets a replica be {limits.hard >> 10} KiB behind at most",
                 "CONFIG SET client-output-buffer-limit 'replica 256mb 64mb 60', and the same in redis.conf",
                 fatal=False,
             )
         )
-    least = limits.get("min-replicas-to-write", limits.get("min-slaves-to-write", "0"))
+    least = settings.get("min-replicas-to-write", settings.get("min-slaves-to-write", "0"))
     if least not in ("", "0"):
         found.append(
             Problem(

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from backupd.drivers.redis_retained import Held
 from backupd.drivers.redis_stream import Moment
 from backupd.drivers.redis_wire import Connection, RedisError
 from backupd.model import LogSink, LogSpan
@@ -31,6 +32,11 @@ BOUND = 64 << 20
 _ANCHOR_EVERY = 0.1  # seconds: how exactly an instant can be met
 _ACK_EVERY = 1.0  # as replicas do; a server gives up one that is silent for a minute (repl-timeout)
 _DEAF = 30.0  # seconds without a byte while the server moves on
+_LITTLE = 1 << 15
+"""Bytes. Where less came, more is let come for a moment: to wake for each of the server's turns, some thousand a second
+of a few kB, costs more than all else done here."""
+_NAP = 0.02
+"""Seconds. What comes meanwhile lies in the kernel's buffers; of 100 MB/s two may lie in the server's."""
 _ANCHORS = 20_000  # that may wait; then every other one goes
 _JOINS = 5  # tries to join a stream that runs away
 _LOOKS = 50  # a tenth of a second apart
@@ -127,6 +133,12 @@ class RedisRecorder:
         self._connect = connect
         self._interval = interval
         self._bound, self._piece = bound, piece
+        self._inflow: _Inflow | None = None
+
+    def held(self) -> Held | None:
+        """What it has of the history now; None while it is not at work. For any thread."""
+        inflow = self._inflow
+        return inflow.held() if inflow is not None else None
 
     def record(self, since: LogSpan | None, sink: LogSink, stop: threading.Event) -> None:
         """Until stopped. Raises RedisError, and what the sink raises; what was not stored is in the server's backlog,
@@ -149,14 +161,17 @@ class RedisRecorder:
     def _store(self, joined: Joined, sink: LogSink, stop: threading.Event) -> int:
         """Until stopped, or the link was given up for want of room: then the position reached."""
         with self._connect() as server:
-            inflow = _Inflow(joined, server, self._bound)
+            self._inflow = inflow = _Inflow(joined, server, self._bound)
             inflow.start()
             try:
-                while not (stop.wait(min(self._interval, _ANCHOR_EVERY)) or inflow.ended):
-                    self._pass_on(inflow, sink, whole=False)
+                try:
+                    while not (stop.wait(min(self._interval, _ANCHOR_EVERY)) or inflow.ended):
+                        self._pass_on(inflow, sink, whole=False)
+                finally:
+                    inflow.stop()
+                self._pass_on(inflow, sink, whole=True)
             finally:
-                inflow.stop()
-            self._pass_on(inflow, sink, whole=True)
+                self._inflow = None
         if inflow.failure is not None and not stop.is_set():
             raise inflow.failure
         return inflow.stored
@@ -182,6 +197,7 @@ class _Inflow:
         self._waiting: deque[bytes] = deque()
         self._since = 0.0  # when the first of what waits came
         self._anchors: list[Moment] = []
+        self._unsent = 0  # the most that the server was ahead, since that was asked
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="redis stream", daemon=True)
 
@@ -199,6 +215,12 @@ class _Inflow:
             found, self._anchors = self._anchors, []
         return found
 
+    def held(self) -> Held:
+        """What came, and how far the server was ahead of it at most since the last call."""
+        with self._lock:
+            unsent, self._unsent = self._unsent, 0
+            return Held(self._epoch, self._received, not self.ended, unsent)
+
     def take(self, piece: int, age: float) -> bytes:
         """A piece of what waits, where that is so much or so old (in seconds); else nothing."""
         with self._lock:
@@ -207,7 +229,7 @@ class _Inflow:
                 return b""
             taken: list[bytes] = []
             left = piece
-            while self._waiting and left > 0:
+            while self._waiting and (not taken or len(self._waiting[0]) <= left):
                 taken.append(self._waiting.popleft())
                 left -= len(taken[-1])
             self._since = time.monotonic()
@@ -246,16 +268,20 @@ class _Inflow:
                 # What is stored, not what came: so the server's own figures tell how far the backup is.
                 self._link.send("REPLCONF", "ACK", str(self.stored))
                 acknowledged = now
+            if 0 < len(data) < _LITTLE:
+                time.sleep(_NAP)
 
     def _anchor(self) -> bool:
         """Whether the server is ahead of what came."""
         moment = self._server.moment()
         # A server that has just taken another history closes the link.
-        if moment.epoch == self._epoch and moment.current:
+        if moment.epoch == self._epoch:
             with self._lock:
-                self._anchors.append(moment)
-                if len(self._anchors) > _ANCHORS:
-                    del self._anchors[::2]
+                self._unsent = max(self._unsent, moment.position - self._received)
+                if moment.current:
+                    self._anchors.append(moment)
+                    if len(self._anchors) > _ANCHORS:
+                        del self._anchors[::2]
         return moment.position > self._received
 
     def _keep(self, data: bytes, now: float) -> bool:

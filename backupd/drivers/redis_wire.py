@@ -90,6 +90,7 @@ class Connection:
         """Connect and give the password, where there is one."""
         self.address = address
         self._buffer = bytearray()
+        self._room = memoryview(bytearray(_CHUNK))
         self._timeout = timeout
         self._socket = self._connect(timeout)
         try:
@@ -171,12 +172,17 @@ class Connection:
 
     def _fill(self) -> None:
         try:
-            data = self._socket.recv(_CHUNK)
+            self._buffer += self._receive()
         except OSError as error:
             raise self._lost(error) from error
-        if not data:
+
+    def _receive(self) -> memoryview:
+        """What came, good until the next call; OSError passes. Not recv(): that maps new memory for each chunk, and
+        leaves a page or more of it mapped for a small one."""
+        size = self._socket.recv_into(self._room)
+        if not size:
             raise self._lost()
-        self._buffer += data
+        return self._room[:size]
 
     def _line(self) -> bytes:
         while (end := self._buffer.find(b"\r\n")) < 0:
@@ -284,16 +290,13 @@ class Connection:
         if not self._buffer:
             self._socket.settimeout(seconds)
             try:
-                data = self._socket.recv(_CHUNK)
+                return bytes(self._receive())
             except TimeoutError:
                 return b""
             except OSError as error:
                 raise self._lost(error) from error
             finally:
                 self._socket.settimeout(self._timeout)
-            if not data:
-                raise self._lost()
-            return data
         data = bytes(self._buffer)
         self._buffer.clear()
         return data

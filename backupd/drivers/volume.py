@@ -16,10 +16,9 @@ import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from backupd.drivers._tarstream import IteratorFile
 from backupd.drivers.volume_facts import (
@@ -33,6 +32,7 @@ from backupd.drivers.volume_facts import (
 from backupd.errors import BackupdError, CaptureFailed, CommandFailed, ContainerError, RestoreFailed
 from backupd.model import (
     Archive,
+    Bytes,
     Capture,
     Clock,
     Container,
@@ -71,8 +71,7 @@ _TAR_CHANGED = 1
 """GNU tar's status for "some files changed while they were read"; 2 is a failure."""
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeSettings:
+class VolumeSettings(NamedTuple):
     """Exactly one of `path` and `volume`. Patterns: see `backupd.archive.patterns`."""
 
     path: Path | None = None
@@ -297,7 +296,7 @@ class VolumeDriver:
     # --- helpers
 
     def _helper(
-        self, argv: Sequence[str], volume: str, mode: str, *, stdin: Iterable[bytes] | None = None
+        self, argv: Sequence[str], volume: str, mode: str, *, stdin: Iterable[Bytes] | None = None
     ) -> Iterator[bytes]:
         return self._engine.run_helper(self._image(), argv, volumes={volume: (INSIDE, mode)}, stdin=stdin)
 

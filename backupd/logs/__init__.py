@@ -6,6 +6,7 @@ from backupd.logs.claim import Claim
 from backupd.logs.compact import Compaction, compact_logs, plan_compaction
 from backupd.logs.read import (
     LOG_FOLDER,
+    anchored,
     check_log,
     reached,
     read_logs,
@@ -21,6 +22,7 @@ __all__ = [
     "Compaction",
     "LogWriter",
     "Recorded",
+    "anchored",
     "check",
     "check_log",
     "check_logs",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from backupd.codec import Codec
+from backupd.codec import Buffer, Codec
 from backupd.errors import Damaged
 from backupd.model import Anchor
 
@@ -77,17 +77,25 @@ def encode(
     return b"".join((head, *stored)), sum(frame.size for frame in frames)
 
 
-def _blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Of FRAME bytes, the last one shorter."""
-    held = bytearray()
+def _blocks(chunks: Iterable[bytes]) -> Iterator[Buffer]:
+    """Of FRAME bytes, the last one shorter. What comes in one chunk is not copied."""
+    parts: list[memoryview] = []
+    size = 0
     for chunk in chunks:
-        for at in range(0, len(chunk), FRAME):
-            held += chunk[at : at + FRAME]
-            while len(held) >= FRAME:
-                yield bytes(held[:FRAME])
-                del held[:FRAME]
-    if held:
-        yield bytes(held)
+        left = memoryview(chunk)
+        while left:
+            parts.append(left[: FRAME - size])
+            left = left[FRAME - size :]
+            size += len(parts[-1])
+            if size == FRAME:
+                yield _joined(parts)
+                parts, size = [], 0
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: Sequence[memoryview]) -> Buffer:
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def header_length(stored: bytes) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import takewhile
@@ -22,7 +22,8 @@ LOG_FOLDER = "backupd-log"
 
 AGAIN = 3
 """Times that what was planned is looked for anew, when compaction was faster."""
-_NAP = 0.5
+_NAPS = (0.05, 0.5)
+"""Seconds between two looks for a log that is waited for: the first, and the longest. Each lists what is stored."""
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
@@ -143,11 +144,25 @@ def read_head(repository: Repository, span: LogSpan | LogMark) -> bytes:
     return head
 
 
-def reached(repository: Repository, sources: Iterable[str]) -> dict[str, datetime]:
-    """The newest anchor of each log that has any: up to when a restore would come."""
+def anchored(repository: Repository, spans: Sequence[LogSpan], at: datetime) -> list[LogSpan]:
+    """Those of a log, with their anchors, that tell between which of these an instant lies. One header or two are read,
+    more where nothing was recorded for long. Raises Damaged, ObjectMissing."""
+    behind = next((n for n, span in enumerate(spans) if span.anchor and span.anchor.at > at), len(spans) - 1)
+    found: list[LogSpan] = []
+    for span in reversed(spans[: behind + 1]):
+        try:
+            found.insert(0, replace(span, anchors=read_header(repository, span).anchors))
+        except Damaged as error:
+            raise _named(span, error) from None
+        if any(anchor.at <= at for anchor in found[0].anchors):
+            break
+    return found
+
+
+def reached(logs: Mapping[str, Iterable[LogSpan]]) -> dict[str, datetime]:
+    """The newest anchor of each source's log that has any: up to when a restore would come. Pure."""
     found = {}
-    for source in sources:
-        spans, _ = repository.logs(source)
+    for source, spans in logs.items():
         newest = max((span.anchor.at for span in spans if span.anchor), default=None)
         if newest is not None:
             found[source] = newest
@@ -160,9 +175,11 @@ def wait_for_logs(
     """Whether everything a new point needs of the log is stored, or came to be within some seconds: another thread
     or another process records it."""
     end = time.monotonic() + seconds
+    nap, longest = _NAPS
     while not any(chain.covers(need) for chain in chains(*repository.logs(source))):
-        if time.monotonic() >= end or stop.wait(_NAP):
+        if time.monotonic() >= end or stop.wait(nap):
             return False
+        nap = min(2 * nap, longest)
     return True
 
 

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -197,7 +197,7 @@ class Scheduler:
         for task in left:
             log.error("%s %s did not stop when told to; cut off", *task.job.key)
             run = Run(task.run_id, *task.job.key, RunStatus.ABANDONED, task.since, self._clock(), task.due)
-            record_or_log(self._catalog, replace(run, message=message))
+            record_or_log(self._catalog, run._replace(message=message))
 
     # --- deciding ----------------------------------------------------------------------------------------
 

@@ -20,9 +20,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from backupd.errors import Locked, ObjectMissing, StoreError
 
@@ -43,8 +42,7 @@ def held_by_another(key: str, owner: str | None, *, ttl: float | None = None) ->
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """What stands in a lease's object."""
 
     owner: str | None
@@ -81,14 +79,13 @@ class Record:
         return json.dumps(fields).encode()
 
     def released(self) -> Record:
-        return replace(self, owner=None)
+        return self._replace(owner=None)
 
 
 # --- on conditional writes ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A register's content, and what it must be compared with when it is replaced."""
 
     data: bytes
@@ -206,7 +203,7 @@ class HeartbeatLease:
         pause = self._ttl / 3
         while not self._stop.wait(pause):
             started = self._now()
-            record = replace(self._record, beat=self._record.beat + 1)
+            record = self._record._replace(beat=self._record.beat + 1)
             try:
                 tag = self._write(record, self._tag)
             except StoreError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from decimal import Decimal
 from struct import Struct
 from typing import BinaryIO
 from zlib import adler32
@@ -268,6 +267,8 @@ class TarReader:
 
     def _time(self, text: bytes) -> int:
         """Seconds as a decimal, exactly; Python's tarfile also writes `1e-09`."""
+        from decimal import Decimal  # 2 ms, and only where times have fractions
+
         try:
             value = int(Decimal(text.decode("ascii")).scaleb(9))
         except (ArithmeticError, ValueError):
