@@ -161,7 +161,8 @@ LONGEST = (
     "image", "postgres_physical", "postgres_agents", "postgres_exact", "benchmarks", "postgres", "demo",
     "postgres_versions", "postgres_incremental", "deploy", "stores", "redis", "drivers", "layers", "redis_exact",
     "chroma", "runbook", "redis_pitr", "postgres_to_the_second", "redis_to_the_second", "serve_killed", "restore",
-    "sandbox", "docs", "stores_s3", "stores_faults", "cli_errors", "testbed", "volume_docker", "compact",
+    "archive_memory", "sandbox", "docs", "stores_s3", "stores_faults", "repack", "testbed", "volume_docker",
+    "compact", "cli_errors",
 )  # fmt: skip
 """Files that take longest, in this order. They are begun first (`--no-loadscope-reorder`): else one that waits for its
 servers for a minute would be left over in the end, and the other workers idle. `image` builds what `deploy` needs."""

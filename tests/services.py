@@ -285,7 +285,7 @@ class Services:
         service = self.container(image, command, port=6379, volumes=volumes, **options)
         service.password = password
         self._wait(service, lambda: redis_answers(service), timeout=60)
-        if "Redis" not in exercised:  # once: to ask takes as long as to start it
+        if "Redis" not in exercised:  # once: asking each took a fifth of its start
             version = service.exec("redis-server", "--version").split("v=")[1].split()[0]
             exercised["Redis"] = f"{version} {self._made_by(image)}"
         return service
@@ -302,8 +302,7 @@ class Services:
         return service
 
     def close(self) -> None:
-        """Remove everything, containers side by side: each costs the engine a fifth of a second of waiting. A failure
-        does not keep the rest from being removed."""
+        """Remove everything, containers side by side; a failure does not keep the rest from being removed."""
         with ThreadPoolExecutor(4) as removing:
             failures = [*removing.map(lambda one: _removed(one, force=True, v=True), self._containers)]
         failures += map(_removed, self._others)
