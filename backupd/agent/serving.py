@@ -70,7 +70,10 @@ def serve(agent: Agent) -> int:
         "metrics": lambda: (True, Text(exposition(gauges_of(recordings.states())), CONTENT_TYPE)),
     }
     web = StatusServer(settings.address, pages)
-    return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
+    try:
+        return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
+    finally:
+        agent.catalog.close()  # not left to the interpreter's end, at which a thread may still hold it
 
 
 def health_of(health: Health, states: Sequence[RecorderState]) -> Answer:
