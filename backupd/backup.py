@@ -35,8 +35,6 @@ _SHRANK = 10
 """A source a tenth of what it was is more often the wrong place than a tidy one."""
 _LOG_PATIENCE = 60.0
 """Seconds that a backup waits for the log that its point needs."""
-_UNRECORDED_PATIENCE = 10.0
-"""Where nothing records it as far as its driver can see."""
 _MATTERS = 64 << 10
 """Bytes: what was smaller than this may shrink as it likes."""
 

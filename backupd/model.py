@@ -296,8 +296,12 @@ class Archive(Protocol):
     def read(self, name: str) -> Iterator[bytes]:
         """The content of one file or stream. Raises NoRecoveryPoint when there is none of that name, Damaged."""
 
-    def tar(self) -> Iterator[bytes]:
-        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly."""
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        """The whole tree as a pax tar with xattrs, ACLs and nanosecond times, made on the fly. `change` says how a
+        member stands in it, under which name, owner, mode and time; None leaves it out, and its content is not read.
+        Without its `end` for who has more entries to put behind."""
 
     def extract(self, into: Path) -> Sequence[str]:
         """Write the tree under `into`, which must be empty or absent. Returns what the target could not take: an
@@ -315,6 +319,9 @@ class Container(Protocol):
     def env(self) -> Mapping[str, str]: ...
     @property
     def running(self) -> bool: ...
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The version of the Linux it runs on; empty where the engine does not tell."""
 
     def mount(self, destination: str) -> Path | None:
         """The host directory behind a mount at `destination`, when this process can reach it."""
@@ -323,7 +330,7 @@ class Container(Protocol):
         self,
         argv: Sequence[str],
         *,
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
     ) -> Iterator[bytes]:
@@ -333,7 +340,7 @@ class Container(Protocol):
     def read(self, path: str) -> Iterator[bytes]:
         """A tar of `path`, made by the engine; works on a stopped container. No xattrs, whole seconds."""
 
-    def write(self, path: str, tar: Iterable[bytes]) -> None:
+    def write(self, path: str, tar: Iterable[Bytes]) -> None:
         """Unpack a tar at `path`; works on a stopped container."""
 
     def start(self) -> None: ...
@@ -358,7 +365,7 @@ class ContainerSpec:
     """Where a fresh volume each is mounted."""
     port: int | None = None
     ready: tuple[str, ...] = ()
-    """A program that, run in the container, exits with 0 once the service answers."""
+    """A program that, run in the container, exits with 0 once the service answers. The container has a shell."""
     load_while: str = "running"
     """`running`: load() is called when the service is ready. `stopped`: before its first start."""
     service: bool = True

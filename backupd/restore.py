@@ -25,6 +25,7 @@ from backupd.log import carry
 from backupd.logs import LOG_FOLDER, check_logs, read_logs, write_logs
 from backupd.model import (
     Archive,
+    Bytes,
     Clock,
     Container,
     ContainerSpec,
@@ -44,6 +45,7 @@ from backupd.repository import Repository
 from backupd.waiting import Ready, start
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Bytes)
 
 Watch = Callable[[Step], Progress]
 """Who is told of the work on one source."""
@@ -438,8 +440,10 @@ class Told:
     def read(self, name: str) -> Iterator[bytes]:
         return self._count(self._archive.read(name))
 
-    def tar(self) -> Iterator[bytes]:
-        return self._count(self._archive.tar())
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        return self._count(self._archive.tar(change, end=end))
 
     def extract(self, into: Path) -> list[str]:
         self.warnings += self._archive.extract(into)
@@ -452,7 +456,7 @@ class Told:
             self._progress.advance(len(piece[1]))
             yield piece
 
-    def _count(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    def _count(self, chunks: Iterator[B]) -> Iterator[B]:
         for chunk in chunks:
             self._work.check()
             self._progress.advance(len(chunk))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class Held:
     files: dict[str, bytes]
     tar_bytes: bytes = b""
 
+    def __post_init__(self) -> None:
+        if self.tar_bytes:
+            with tarfile.open(fileobj=io.BytesIO(self.tar_bytes)) as tar:
+                self.files = {one.name: tar.extractfile(one).read() for one in tar if one.isfile()}  # type: ignore[union-attr]
+
     def members(self) -> Iterator[Member]:
         """Only what drivers ask for: name and size."""
         for name, content in self.files.items():
@@ -44,10 +49,26 @@ class Held:
         for at in range(0, len(content), 100_000):
             yield content[at : at + 100_000]
 
-    def tar(self) -> Iterator[bytes]:
-        """The tree as it was captured."""
-        for at in range(0, len(self.tar_bytes), 100_000):
-            yield self.tar_bytes[at : at + 100_000]
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[bytes]:
+        """The tree as it was captured, with what `change` makes of name, owner and mode."""
+        out = io.BytesIO()
+        with (
+            tarfile.open(fileobj=io.BytesIO(self.tar_bytes)) as tar,
+            tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as made,
+        ):
+            for one in tar:
+                kind = MemberType.DIRECTORY if one.isdir() else MemberType.FILE
+                member = Member(one.name, kind, one.size, one.mode, one.uid, one.gid, 0)
+                found = change(member) if change else member
+                if found is not None:
+                    one.name, one.mode, one.uid, one.gid = found.name, found.mode, found.uid, found.gid
+                    made.addfile(one, tar.extractfile(one) if one.isfile() else None)
+            length = out.tell()
+        whole = out.getvalue() if end else out.getvalue()[:length]
+        for at in range(0, len(whole), 100_000):
+            yield whole[at : at + 100_000]
 
     def extract(self, into: Path) -> tuple[str, ...]:
         """As the archive does, near enough."""

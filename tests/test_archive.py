@@ -22,7 +22,7 @@ from backupd.archive.extract import Extraction
 from backupd.archive.frames import FrameReader
 from backupd.archive.page import Page
 from backupd.errors import CommandFailed, Damaged, Interrupted, NoRecoveryPoint, RestoreFailed
-from backupd.model import Bytes, MemberType, Silence, Stream, Streams, TarStream
+from backupd.model import Bytes, Member, MemberType, Silence, Stream, Streams, TarStream
 from backupd.stores import LocalStore
 
 
@@ -226,6 +226,29 @@ def test_the_tar_of_a_point_is_the_tree(every_kind: Path, tmp_path: Path) -> Non
             if entry["type"] == "l" and field in ("xattrs", "mtime"):
                 continue  # GNU tar sets neither on a symlink from a pax header of ours; extract does
             assert found[name][field] == entry[field], (name, field)
+
+
+def test_a_member_stands_in_the_tar_as_the_reader_wants_it(tmp_path: Path) -> None:
+    """Under another name and owner, or not at all; without the end, entries can follow."""
+    tree = tmp_path / "tree"
+    (tree / "kept").mkdir(parents=True)
+    contents = {"kept/large": noise(5 << 20), "kept/small": b"s" * 700, "left": b"out", "last": b""}
+    for name, content in contents.items():
+        (tree / name).write_bytes(content)
+    engine = Engine()
+
+    def moved(member: Member) -> Member | None:
+        return None if member.name == "left" else member._replace(name=f"to/{member.name}", uid=70, gid=71)
+
+    open_ended = b"".join(engine.archive(engine.write(tree)).tar(moved, end=False))
+    assert len(open_ended) % 512 == 0
+    more = tarfile.TarInfo("more").tobuf()
+    with tarfile.open(fileobj=io.BytesIO(open_ended + more + bytes(1024))) as tar:
+        found = {one.name: tar.extractfile(one).read() for one in tar if one.isfile()}  # type: ignore[union-attr]
+        owners = {(one.uid, one.gid) for one in tar.getmembers() if one.name != "more"}
+    del contents["left"]
+    assert found == {f"to/{name}": content for name, content in contents.items()} | {"more": b""}
+    assert owners == {(70, 71)}
 
 
 def test_a_tar_from_elsewhere_becomes_the_same_archive(every_kind: Path, tmp_path: Path) -> None:

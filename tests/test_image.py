@@ -116,14 +116,15 @@ def points(agent: bed.Service) -> list[dict[str, Any]]:
     return found
 
 
+def backed_up(agent: bed.Service, source: str) -> bool:
+    code, output = agent.container.exec_run(["backupd", "list", "--json"])
+    return code == 0 and f'"{source}"'.encode() in output
+
+
 def test_two_variables_and_a_mount_are_enough(agent: bed.Service) -> None:
     """BACKUP_SCHEDULE, RETENTION_DAYS and /backup/*: the schedule fires, and what it made can be read back."""
 
-    def backed_up() -> bool:
-        code, output = agent.container.exec_run(["backupd", "list", "--json"])
-        return code == 0 and b"uploads" in output
-
-    wait_for(backed_up, 90, agent, "a first backup")
+    wait_for(lambda: backed_up(agent, "uploads"), 90, agent, "a first backup")
     point = points(agent)[0]
     assert point["source"] == "uploads"
     assert agent.exec("backupd", "cat", point["id"], "notes.txt") == "first"
@@ -138,23 +139,14 @@ def test_docker_stop_ends_the_agent_at_once(agent_image: str, services: bed.Serv
         start=False,
         **HARDENED,
     )
-    put(
-        made, "/backup/data", {"file": b"something"}
-    )  # the first backup begins at once, and an empty place fails
+    put(made, "/backup/data", {"file": b"something"})
     made.container.start()
-    wait_for(lambda: made.container.exec_run(_ask_health).exit_code == 0, 60, made, "the agent")
+    wait_for(lambda: backed_up(made, "data"), 90, made, "the first backup, which begins at once")
     started = time.monotonic()
     made.container.stop(timeout=30)
     assert time.monotonic() - started < 25
     made.container.reload()
     assert made.container.attrs["State"]["ExitCode"] == 0
-
-
-_ask_health = [
-    "python",
-    "-c",
-    "import urllib.request as u; u.urlopen('http://127.0.0.1:8722/healthz', timeout=3)",
-]
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["as nobody", "as documented"])

@@ -24,6 +24,7 @@ from test_postgres_to_the_second import CONFIG, serving, window_end
 
 from backupd.archive import open_archive
 from backupd.chain import chains
+from backupd.drivers._tarstream import END
 from backupd.drivers.postgres_recovery import Home as DataHome
 from backupd.drivers.postgres_recovery import Replayed, Target, last_files, wal_files
 from backupd.logs import read_logs
@@ -235,7 +236,7 @@ def recover(
         held = {"PG_VERSION": "16", "postgresql.auto.conf": ""}
         files = dict(last_files(point, laid, held, Target(step.replay_to), replayed))
         confs.append((f"{number:03d}.conf", files["postgresql.auto.conf"]))
-    Engine().container(service.name).write("/rig", DataHome("/rig", "/rig", 999, 999).files(confs))
+    Engine().container(service.name).write("/rig", [*DataHome("/rig", "/rig", 999, 999).files(confs), END])
     said = service.exec("bash", "-c", SCRIPT, user="postgres")
     for part in said.split("at ")[1:]:
         bulk, *rows = part.splitlines()

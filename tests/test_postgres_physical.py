@@ -87,13 +87,15 @@ class Log:
 
 
 @contextlib.contextmanager
-def recording(driver: PostgresPhysical, log: Log) -> Iterator[threading.Thread]:
+def recording(
+    driver: PostgresPhysical, log: Log, *, interval: float = INTERVAL
+) -> Iterator[threading.Thread]:
     """A recorder at work; what it raises comes out at the end."""
     stop, failures = threading.Event(), list[BaseException]()
 
     def run() -> None:
         try:
-            driver.recorder(interval=INTERVAL).record(log.since, log, stop)
+            driver.recorder(interval=interval).record(log.since, log, stop)
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
@@ -460,6 +462,22 @@ def test_nothing_is_stored_while_nothing_changes_and_the_anchors_move_on(start_s
         assert held == log.end
     ats = [anchor.at for anchor in log.anchors]
     assert ats == sorted(ats)
+
+
+def test_a_base_does_not_wait_out_the_interval_of_its_log(start_server: Start) -> None:
+    """What it needs is stored as soon as it has come, by a recorder that would keep it an hour; the rest waits."""
+    service = start_server()
+    driver, log = driver_of(service), Log()
+    with recording(driver, log, interval=3600):
+        end = take(driver).point.attributes["end"]
+        bed.wait_until(lambda: log.end >= end, timeout=60, what="the log of the base")
+        stored = len(log.spans)
+        with connect(service) as connection:
+            connection.execute("SELECT pg_notify('backupd_orders', 'nonsense')")
+            connection.execute("CREATE TABLE t(n int)")
+        anchors = len(log.anchors)
+        bed.wait_until(lambda: len(log.anchors) > anchors + 2, timeout=60, what="anchors")
+        assert len(log.spans) == stored
 
 
 def test_a_lost_slot_is_a_gap_and_recording_goes_on_behind_it(start_server: Start) -> None:

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
 from backupd.drivers.postgres_recorder import beginning, comparable, fork_of, slot_name
-from backupd.drivers.postgres_recovery import Replayed, Target, configuration, replaying, wal_files
+from backupd.drivers.postgres_recovery import (
+    Replayed,
+    Target,
+    configuration,
+    replaying,
+    syncing,
+    wal_files,
+)
 from backupd.drivers.postgres_replication import (
     ServerRefused,
     System,
@@ -152,8 +159,12 @@ def test_pieces_become_whole_segments(sizes: list[int], length: int) -> None:
     data = bytes(range(256)) * (length // 256) + bytes(length % 256)
     start = 3 * SEGMENT
     segments = Segments(SEGMENT, 16)
-    made = [one for at, piece in cut(data, sizes) for one in segments.add("4711-1", start + at, piece)]
-    made += segments.finish()
+    made = [
+        (name, bytes(content))
+        for at, piece in cut(data, sizes)
+        for name, content in segments.add("4711-1", start + at, piece)
+    ]
+    made += [(name, bytes(content)) for name, content in segments.finish()]
     assert [name for name, _ in made] == [
         segment_name(1, start + n * SEGMENT, SEGMENT) for n in range(-(-length // SEGMENT))
     ]
@@ -194,7 +205,7 @@ def test_a_new_timeline_begins_with_what_the_segment_held() -> None:
     """The old one's segment stands as it is; the history file tells where it ended."""
     segments = Segments(SEGMENT, 16)
     list(segments.add("4711-1", 0, b"a" * 100))
-    ((old, before),) = segments.add("4711-2", 100, b"b" * 50)
+    ((old, before),) = ((name, bytes(one)) for name, one in segments.add("4711-2", 100, b"b" * 50))
     ((new, after),) = segments.finish()
     assert (old, new) == (segment_name(1, 0, SEGMENT), segment_name(2, 0, SEGMENT))
     assert before == b"a" * 100 + bytes(SEGMENT - 100)
@@ -374,6 +385,17 @@ def test_the_target_that_is_set_comes_last_in_the_configuration() -> None:
     assert "archive_mode = 'off'" in lines
 
 
+@pytest.mark.parametrize(
+    ("major", "kernel", "at_once"),
+    [(13, (6, 1), False), (14, (5, 7), False), (14, (5, 8), True), (18, (6, 12), True), (18, (), False)],
+)
+def test_files_are_synced_at_once_where_failures_are_told(
+    major: int, kernel: tuple[int, ...], at_once: bool
+) -> None:
+    """Version 13 does not know the setting, Linux before 5.8 says nothing of a write that failed."""
+    assert bool(syncing(major, kernel)) == at_once
+
+
 # --- how a base backup is asked for -------------------------------------------------------------------------
 
 
@@ -484,6 +506,7 @@ class Still:
 
     name = "still"
     env: ClassVar = {"PGDATA": "/var/lib/postgresql/18/docker"}
+    kernel = (6, 1)
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[bytes, int, int]] = {}
@@ -532,6 +555,7 @@ def test_a_base_and_its_log_lie_where_a_fresh_server_looks() -> None:
     assert container.files[f"{data}/pg_wal/{segment_name(1, 0, SEGMENT)}"][0][: len(log)] == log
     assert f"{data}/standby.signal" not in container.files
     assert f"{data}/recovery.signal" in container.files
+    assert f"{data}/postgresql.conf" in container.files
     auto = container.files[f"{data}/postgresql.auto.conf"][0].decode()
     assert auto.startswith("work_mem = '8MB'\n")
     assert auto.endswith("recovery_target_time = '2026-11-26 12:00:02.000000+00'\n")

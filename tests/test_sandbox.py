@@ -23,7 +23,8 @@ from backupd.errors import BackupdError, CommandFailed, ContainerError, Damaged,
 from backupd.model import ContainerSpec, Silence
 from backupd.sandbox.container import DockerContainer, _nanoseconds
 from backupd.sandbox.docker import DockerSandbox, Engine
-from backupd.sandbox.wire import Demultiplexer
+from backupd.sandbox.engine import kernel_of
+from backupd.sandbox.wire import BLOCK, Demultiplexer, in_blocks
 
 StartService = Callable[..., bed.Service]
 ENGINE = Engine()
@@ -565,7 +566,33 @@ def test_no_engine_is_told_with_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path
         Engine().ping()
 
 
+def test_the_engine_tells_its_kernel() -> None:
+    assert ENGINE.kernel >= (3, 10)  # Docker needs that much
+
+
 # --- pure -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3 * BLOCK), max_size=5))
+def test_a_body_goes_out_in_blocks(sizes: list[int]) -> None:
+    """None is larger than one, none is empty, and together they are what was given."""
+    chunks = [bytes([number]) * size for number, size in enumerate(sizes)]
+    blocks = list(in_blocks(chunks))
+    assert b"".join(blocks) == b"".join(chunks)
+    assert all(0 < len(block) <= BLOCK for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("release", "version"),
+    [
+        ("6.1.0-28-amd64", (6, 1)),
+        ("4.18.0-553.el8_10.x86_64", (4, 18)),
+        ("5.15.167.4-microsoft-standard-WSL2", (5, 15)),
+        ("", ()),
+    ],
+)
+def test_a_release_has_a_version(release: str, version: tuple[int, ...]) -> None:
+    assert kernel_of(release) == version
 
 
 @given(

@@ -91,7 +91,7 @@ class FrameExtractor:
         self, data: memoryview, pack: str, name: str, blobs: list[tuple[int, int, bytes]]
     ) -> Iterator[memoryview]:
         """Blobs of a file; neighbours in the frame are handed out as one."""
-        for start, end in _runs(blobs):
+        for start, end in side_by_side(blobs):
             for at, length, digest in blobs[start:end]:
                 self._checked(data, at, length, digest, name, pack)
             first, last = blobs[start], blobs[end - 1]
@@ -191,7 +191,7 @@ class FrameExtractor:
             self.warnings.append(text)
 
 
-def _runs(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
+def side_by_side(blobs: list[tuple[int, int, bytes]]) -> Iterator[tuple[int, int]]:
     """Ranges of blobs that lie side by side in their frame."""
     start = 0
     for index in range(1, len(blobs) + 1):

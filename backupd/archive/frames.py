@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
+from backupd.archive.extract_frame import side_by_side
 from backupd.archive.pack import BLOB, Directory, decode_directory
 from backupd.codec import Codec
 from backupd.errors import Damaged
@@ -19,8 +20,8 @@ Request: TypeAlias = "tuple[T, list[list[Any]] | None]"
 """Something the caller knows its content by, and where it lies: [pack, first blob, blobs], or None for none."""
 Blob: TypeAlias = "tuple[int, int, bytes]"
 """Offset in its frame, length, digest."""
-_Item: TypeAlias = "tuple[T, str, Future[bytes] | None, list[Blob], bool]"
-"""Request, pack, its frame, blobs in it, and whether it is the first of those that wait to use that reading of it."""
+_Item: TypeAlias = "tuple[T, Callable[[], Iterable[memoryview]] | None, bool]"
+"""Request, what gives its content of one frame, and whether it is the first that waits to use that reading of it."""
 
 READERS = 4
 _AHEAD = 6  # frames of 2 MiB that are decoded before they are asked for
@@ -28,6 +29,8 @@ _KEPT = 8
 """Frames that are kept while others are read: a file of which some pages changed goes to and fro between the frames
 that it came with and those of later points."""
 _WAITING = 4096  # members without content must not pile up either
+_APART = 16
+"""Blobs from which on the thread that decoded their frame also compares them: to hand over fewer costs more."""
 _DIRECTORIES = 64  # of some 10 to 150 KB each
 
 
@@ -111,16 +114,35 @@ class FrameReader:
         except Damaged as error:
             raise Damaged(f"frame {number} of the pack {pack}: {error.message}") from None
 
-    def check(self, data: bytes | memoryview, blob: Blob, pack: str) -> memoryview:
-        """One blob of a frame, compared with its digest. Raises Damaged."""
-        offset, length, digest = blob
-        part = memoryview(data)[offset : offset + length]
-        if len(part) != length or self._repository.codec.digest(part) != digest:
-            raise Damaged(f"content in the pack {pack} is not what was written")
-        return part
+    def _together(self, data: bytes, blobs: list[Blob], pack: str) -> Iterator[memoryview]:
+        """Blobs that lie side by side in one piece, each compared with its digest. Raises Damaged."""
+        view, digest = memoryview(data), self._repository.codec.digest
+        for start, end in side_by_side(blobs):
+            for offset, length, name in blobs[start:end]:
+                if digest(part := view[offset : offset + length]) != name or len(part) != length:
+                    raise Damaged(f"content in the pack {pack} is not what was written")
+            yield view[blobs[start][0] : blobs[end - 1][0] + blobs[end - 1][1]]
+
+    def _parts(
+        self, frame: Future[bytes], blobs: list[Blob], pack: str
+    ) -> Callable[[], Iterable[memoryview]]:
+        """What waits for a frame, and gives these blobs of it. Raises Damaged."""
+        if len(blobs) < _APART:
+            return lambda: self._together(frame.result(), blobs, pack)
+        checked: Future[list[memoryview]] = Future()
+
+        def check(frame: Future[bytes]) -> None:
+            try:
+                checked.set_result(list(self._together(frame.result(), blobs, pack)))
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                checked.set_exception(error)
+
+        frame.add_done_callback(check)
+        return checked.result
 
     def stream(self, requests: Iterable[Request[T]]) -> Iterator[tuple[T, memoryview | None]]:
-        """The content of each request in order, blob by blob; (request, None) first, for every request."""
+        """The content of each request in order, as much at once as lies together in a frame; (request, None) first,
+        for every request."""
         with ThreadPoolExecutor(READERS, thread_name_prefix="frame") as readers:
             waiting: deque[_Item[T]] = deque()
             kept: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
@@ -128,14 +150,13 @@ class FrameReader:
 
             def hand_out() -> Iterator[tuple[T, memoryview | None]]:
                 nonlocal ahead
-                tag, pack, item, blobs, first = waiting.popleft()
-                if item is None:
+                tag, parts, first = waiting.popleft()
+                if parts is None:
                     yield tag, None
                     return
                 ahead -= first
-                data = item.result()
-                for blob in blobs:
-                    yield tag, self.check(data, blob, pack)
+                for part in parts():
+                    yield tag, part
 
             def asked(pack: str, number: int) -> tuple[Future[bytes], bool]:
                 nonlocal ahead
@@ -150,11 +171,11 @@ class FrameReader:
                 return found, True
 
             for tag, pieces in requests:
-                waiting.append((tag, "", None, [], False))
+                waiting.append((tag, None, False))
                 for pack, start, count in pieces or ():
                     for number, blobs in self.locate(pack, start, count):
                         frame, first = asked(pack, number)
-                        waiting.append((tag, pack, frame, blobs, first))
+                        waiting.append((tag, self._parts(frame, blobs, pack), first))
                         while ahead > _AHEAD or len(waiting) > _WAITING:
                             yield from hand_out()
                 while len(waiting) > _WAITING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from backupd.archive.page import (
 )
 from backupd.archive.scan import sort_key
 from backupd.errors import NoRecoveryPoint
-from backupd.model import Member, MemberType, Progress, RecoveryPoint, Silence
+from backupd.model import Bytes, Member, MemberType, Progress, RecoveryPoint, Silence
 from backupd.repository import Manifest, PageRef, Repository
 
 _TYPES = {
@@ -50,6 +50,9 @@ _TAR_TYPES = {
     MemberType.CHARACTER_DEVICE: tar.CHARACTER_DEVICE,
     MemberType.BLOCK_DEVICE: tar.BLOCK_DEVICE,
 }
+_SMALL = 1 << 15
+_GATHERED = 1 << 17
+"""Bytes of a tar that are handed out at once, where its members are small."""
 
 
 class PointArchive:
@@ -85,21 +88,30 @@ class PointArchive:
         blobs = (bytes(part) for _, part in self.frames.stream([(None, pieces)]) if part is not None)
         yield from blobs if extents is None else _with_holes(blobs, extents, row[SIZE])
 
-    def tar(self) -> Iterator[bytes]:
-        def requests() -> Iterator[tuple[tuple[str, Row], Pieces | None]]:
+    def tar(
+        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
+    ) -> Iterator[Bytes]:
+        return _gathered(self._tar(change, tar.END if end else b""))
+
+    def _tar(self, change: Callable[[Member], Member | None] | None, end: bytes) -> Iterator[Bytes]:
+        def requests() -> Iterator[tuple[tuple[Member, Row], Pieces | None]]:
             for path, row, packs in self._rows():
-                yield (path, row), pieces_of(row, packs) if is_file(row) else None
+                member: Member | None = member_of(path, row)
+                if change is not None and member is not None:
+                    member = change(member)
+                if member is not None:
+                    yield (member, row), pieces_of(row, packs) if is_file(row) else None
 
         pad = 0
-        for (path, row), part in self.frames.stream(requests()):
+        for (member, row), part in self.frames.stream(requests()):
             if part is None:
                 if pad:
                     yield bytes(pad)
                 pad = -_stored_size(row) & 511 if is_file(row) else 0
-                yield _tar_header(path, row)
+                yield _tar_header(member, row)
             else:
-                yield bytes(part)
-        yield bytes(pad) + tar.END
+                yield part
+        yield bytes(pad) + end
 
     def extract(self, into: Path) -> list[str]:
         from backupd.archive.extract import Extraction
@@ -177,8 +189,7 @@ def _stored_size(row: Row) -> int:
     return int(row[SIZE] if extents is None else tar.sparse_size(extents))
 
 
-def _tar_header(path: str, row: Row) -> bytes:
-    member = member_of(path, row)
+def _tar_header(member: Member, row: Row) -> bytes:
     extra: dict[str, Any] = extra_of(row)
     device = extra.get("device", (0, 0))
     sparse = extra.get("sparse")
@@ -189,11 +200,27 @@ def _tar_header(path: str, row: Row) -> bytes:
     )  # fmt: skip
 
 
+def _gathered(chunks: Iterator[Bytes]) -> Iterator[Bytes]:
+    """The same bytes, small chunks put together: who sends them has a call to the system for each."""
+    small = bytearray()
+    for chunk in chunks:
+        large = len(chunk) > _SMALL
+        if small and (large or len(small) + len(chunk) > _GATHERED):
+            yield bytes(small)
+            small.clear()
+        if large:
+            yield chunk
+        else:
+            small += chunk
+    if small:
+        yield bytes(small)
+
+
 def _with_holes(blobs: Iterator[bytes], extents: list[list[int]], size: int) -> Iterator[bytes]:
     """A sparse file's whole content: its pieces of data, and zeros between."""
     step = 1 << 20
     position = 0
-    rest = b""
+    rest = memoryview(b"")
     for offset, length in [*extents, [size, 0]]:
         while position < offset:
             zeros = min(step, offset - position)
@@ -202,8 +229,8 @@ def _with_holes(blobs: Iterator[bytes], extents: list[list[int]], size: int) -> 
         left = length
         while left:
             if not rest:
-                rest = next(blobs)
+                rest = memoryview(next(blobs))
             part, rest = rest[:left], rest[left:]
-            yield part
+            yield bytes(part)
             left -= len(part)
         position = offset + length

@@ -11,7 +11,7 @@ from backupd.drivers import _tarstream
 from backupd.drivers.chroma_served import Client
 from backupd.drivers.chroma_snapshot import BESIDE, DATABASE
 from backupd.errors import ContainerError, RestoreFailed
-from backupd.model import Archive, Container
+from backupd.model import Archive, Bytes, Container
 
 DATA = "/data"
 _PLACES = (DATA, "/chroma/chroma")  # since 1.0, before
@@ -101,7 +101,7 @@ def _holds_collections(content: bytes) -> bool:
             database.close()
 
 
-def _with_nothing_beside(archive: Archive, there: set[str]) -> Iterator[bytes]:
+def _with_nothing_beside(archive: Archive, there: set[str]) -> Iterator[Bytes]:
     """The archive's tree; and empty files over what SQLite may have left of the fresh database: it would apply
     a left journal to ours."""
     ours = {member.name for member in archive.members()}

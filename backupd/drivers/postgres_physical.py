@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from backupd.drivers._tarstream import IteratorFile
+from backupd.drivers._tarstream import END, IteratorFile
 from backupd.drivers.postgres_base import PAGE_SIZE, PAGED, one_tar
 from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
@@ -43,16 +43,19 @@ from backupd.drivers.postgres_recorder import (
     ANCHOR,
     SLOT,
     PostgresRecorder,
+    ask_to_store,
     ensure_slot,
     retained_by,
     slot_name,
 )
 from backupd.drivers.postgres_recovery import (
     STARTING,
+    Home,
     Replayed,
     Target,
     data_tar,
     find_home,
+    held_in,
     last_files,
     read_report,
     replaying,
@@ -225,7 +228,8 @@ class PostgresPhysical:
             if onto and earlier is not None:
                 capture.attributes["changed_since"] = earlier.point.id
             yield capture
-            _finish(capture, backup, sql)
+            end = _finish(capture, backup, sql)
+            ask_to_store(sql, source.slot, end)
 
     # --- the log -------------------------------------------------------------------------------------
 
@@ -269,12 +273,7 @@ class PostgresPhysical:
             wanted = _target(at, target)
             wanted.refuse(point)
             home = find_home(container)
-            held: dict[str, str] = {}
-            container.write(home.root, data_tar(archive.tar(), home, held))
-            replayed = Replayed(at)
-            container.write(f"{home.data}/pg_wal", home.files(wal_files(logs, point, replayed)))
-            files = last_files(point, home, held, wanted, replayed)
-            container.write(home.root, home.files(files, below=home.inside))
+            container.write(home.root, _cluster(archive, logs, home, wanted, Replayed(at), container.kernel))
 
     def starting(self, container: Container) -> str:
         """How much of the log a restored server has replayed; empty before and after."""
@@ -447,8 +446,8 @@ def _reading(chunks: Iterator[Bytes], wire: Replication) -> Iterator[Bytes]:
         ) from error
 
 
-def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...]]) -> None:
-    """The instant and the end, once every byte was read. Raises CaptureFailed where one was not."""
+def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...]]) -> int:
+    """The instant and the end, which is returned, once every byte was read. Raises CaptureFailed where one was not."""
     if backup.end is None:
         raise CaptureFailed("the base backup was not read to its end")
     with talking():
@@ -460,12 +459,30 @@ def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...
         )
     capture.instant = row[0].astimezone(UTC)
     capture.attributes["sent"] = backup.sent
-    capture.attributes["end"] = max(backup.end, position_of(row[1]))
+    capture.attributes["end"] = end = max(backup.end, position_of(row[1]))
+    return end
 
 
 def _ask(sql: Connection[tuple[Any, ...]], question: str) -> dict[str, Any]:
     row = sql.execute(question).fetchone()
     return dict(row[0]) if row else {}
+
+
+def _cluster(
+    archive: Archive,
+    logs: Iterator[tuple[LogSpan, bytes]],
+    home: Home,
+    wanted: Target,
+    replayed: Replayed,
+    kernel: tuple[int, ...],
+) -> Iterator[Bytes]:
+    """One tar, as each costs the engine a program of its own. What makes it a cluster comes last: where anything fails
+    before, the engine never sees it."""
+    held = held_in(archive)
+    yield from data_tar(archive, home, held)
+    yield from home.files(wal_files(logs, archive.point, replayed), below=f"{home.inside}pg_wal/")
+    yield from home.files(last_files(archive.point, home, held, wanted, replayed, kernel), below=home.inside)
+    yield END
 
 
 def _target(at: datetime | None, target: Mapping[str, str]) -> Target:

@@ -32,7 +32,7 @@ from backupd.model import LogSink, LogSpan
 from backupd.retained import Retained
 
 if TYPE_CHECKING:
-    from psycopg import Connection
+    from psycopg import Connection, Notify
 
 PIECE = 8 << 20
 """Bytes after which a piece is stored, however young it is."""
@@ -173,6 +173,14 @@ def ensure_slot(server: Server, name: str) -> int:
     return position_of(str(found[0]))
 
 
+def ask_to_store(sql: Connection[tuple[Any, ...]], slot: str, position: int) -> None:
+    """Tell the slot's recorder, whatever process it is in, that somebody waits for the log up to here: it does not
+    let its interval pass. A standby passes nothing on; then it does."""
+    with contextlib.suppress(ServerRefused), talking():
+        sql.execute("SET synchronous_commit TO local")  # a word to ourselves waits for no standby
+        sql.execute("SELECT pg_notify(%s, %s)", [slot, str(position)])
+
+
 def retained_by(server: Server, name: str) -> Retained | None:
     """What the slot holds back; None where there is none. Raises ServerRefused."""
     with talking(), contextlib.closing(server.connect()) as sql:
@@ -283,12 +291,14 @@ class _Flow:
         self._since = 0.0  # when the first of what waits came
         self._stored = 0  # position
         self._anchored = 0.0
+        self._awaited = 0  # position that somebody waits for: see `ask_to_store`
 
     def run(self, start: Beginning, stop: threading.Event, gap: str, tail: bytes) -> None:
         """Until stopped, through every change of timeline. `tail`: what the server must have before the beginning.
         Nothing is told to the sink before the server sends: who comes second to a slot is refused there."""
         system, timeline, position = start.system, start.timeline, start.position
         claimed = False
+        self._listen()
         while True:
             streams = self._wire.start(self._slot, position - len(tail), timeline)
             self._compare(tail, position)
@@ -344,7 +354,8 @@ class _Flow:
                 self._since = self._since if self._waiting else now
                 self._waiting.append(data)
                 self._size += len(data)
-            if self._size >= PIECE or (self._waiting and now - self._since >= self._interval):
+            awaited = self._stored < self._awaited <= self._stored + self._size
+            if self._size >= PIECE or awaited or (self._waiting and now - self._since >= self._interval):
                 self._store()
                 reported = now
             elif now - reported >= _REPORT_EVERY:
@@ -362,6 +373,17 @@ class _Flow:
         if data:
             self._pace.read(time.monotonic(), len(data), self._wire.received)
         return data
+
+    def _listen(self) -> None:
+        """What is told comes with the answers to other questions."""
+
+        def told(what: Notify) -> None:
+            if what.payload.isdecimal():
+                self._awaited = max(self._awaited, int(what.payload))
+
+        self._sql.add_notify_handler(told)
+        with contextlib.suppress(ServerRefused), talking():  # a standby passes nothing on
+            self._sql.execute(f"LISTEN {self._slot}".encode())
 
     def _anchor(self, tick: float) -> None:
         now = time.monotonic()

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
-from tarfile import PAX_FORMAT, TarInfo
 
-from backupd.drivers._tarstream import END, entry, first_file, open_tar, padding
+from backupd.drivers._tarstream import entry, first_file, open_tar, padding
 from backupd.drivers.postgres_base import TABLESPACES
 from backupd.drivers.postgres_replication import position_of, position_text
 from backupd.drivers.postgres_sql import number
@@ -29,7 +28,7 @@ from backupd.drivers.postgres_wal import (
     segment_position,
 )
 from backupd.errors import ContainerError, RestoreFailed
-from backupd.model import Container, Json, LogSpan, RecoveryPoint
+from backupd.model import Archive, Bytes, Container, Json, LogSpan, Member, RecoveryPoint
 
 REPORT = "backupd_recovery.json"
 """What was asked of the recovery, in the restored data directory."""
@@ -38,11 +37,14 @@ _SPACES = "backupd_tablespaces"
 _AUTO = "postgresql.auto.conf"
 _MAP = "tablespace_map"
 _VERSION = "PG_VERSION"
-_DROPPED = frozenset({"recovery.signal", "standby.signal", "postmaster.pid", REPORT, _HBA})
+_CONF = "postgresql.conf"
+_ANEW = frozenset(
+    {_VERSION, _AUTO, _MAP, REPORT, _HBA, "recovery.signal", "standby.signal", "postmaster.pid"}
+)
+"""Files of a base that do not come back as they were."""
 _ROOTS = ("/var/lib/postgresql/data", "/var/lib/postgresql")
 """Directories that the official images have before the first start."""
 _SLACK = timedelta(seconds=5)
-_CHUNK = 1 << 20
 
 LET_IN = """\
 # Written by backupd: how a restored server lets in, wherever it is. md5 takes scram-sha-256 passwords too.
@@ -175,8 +177,11 @@ class Replayed:
 def wal_files(
     logs: Iterable[tuple[LogSpan, bytes]], point: RecoveryPoint, replayed: Replayed
 ) -> Iterator[tuple[str, bytes | bytearray]]:
-    """Segment files and a history file, by name. Raises RestoreFailed where the log does not reach from the base's
-    start to its end, Damaged for a hole: recovery itself cannot tell a hole from the end."""
+    """Segment files and a history file, by name, each the caller's until the next is asked for.
+
+    Raises RestoreFailed where the log does not reach from the base's start to its end, Damaged for a hole: recovery
+    itself cannot tell a hole from the end.
+    """
     of = point.attributes
     start, end = number(of.get("start")), number(of.get("end"))
     segments = Segments(number(of.get("wal_segment_size")) or 16 << 20, number(of.get("major")))
@@ -227,13 +232,12 @@ class Home:
         """A header of the server's own."""
         return entry(name, size=size, mode=mode, uid=self.uid, gid=self.gid)
 
-    def files(self, files: Iterable[tuple[str, bytes | bytearray]], below: str = "") -> Iterator[bytes]:
-        """A tar of small files."""
+    def files(self, files: Iterable[tuple[str, bytes | bytearray]], below: str = "") -> Iterator[Bytes]:
+        """Entries of a tar, without its end."""
         for name, content in files:
             yield self.entry(below + name, size=len(content))
-            yield bytes(content)
+            yield memoryview(content)
             yield padding(len(content))
-        yield END
 
 
 def find_home(container: Container) -> Home:
@@ -260,46 +264,37 @@ def _refuse_used(container: Container, data: str) -> None:
         )
 
 
-def data_tar(tar: Iterable[bytes], home: Home, held: dict[str, str]) -> Iterator[bytes]:
-    """The base's own tar as it must lie in the container: the server's owner, tablespaces within the data directory.
-    Files that are written last go into `held` by name."""
+def held_in(archive: Archive) -> dict[str, str]:
+    """What of a base decides on the files that are written anew, by name; a `postgresql.conf` stays as it is."""
+    there = {member.name for member in archive.members()}
+    held = {
+        name: b"".join(archive.read(name)).decode(errors="surrogateescape")
+        for name in (_VERSION, _AUTO, _MAP)
+        if name in there
+    }
+    return held | ({_CONF: ""} if _CONF in there else {})
+
+
+def data_tar(archive: Archive, home: Home, held: Mapping[str, str]) -> Iterator[Bytes]:
+    """The base as it must lie in the container: the server's owner, tablespaces within the data directory, without
+    what `last_files` writes. A tar without its end."""
     path = ""
     for part in PurePosixPath(home.inside).parts:
         path += f"{part}/"
         yield home.entry(path, mode=0o700)
-    spaces: set[str] = set()
-    with open_tar(tar) as reading:
-        for one in reading:
-            content = reading.extractfile(one) if one.isfile() else None
-            if one.name in (_VERSION, _AUTO) and content is not None:
-                held[one.name] = content.read().decode(errors="surrogateescape")
-                continue
-            if one.name in _DROPPED:
-                continue
-            if one.name == "postgresql.conf":
-                held[one.name] = ""  # it stays as it is
-            folder, _, rest = one.name.partition(f"{TABLESPACES}/")
-            if not folder and rest:
-                oid = rest.partition("/")[0]
-                if oid not in spaces:
-                    yield from _space(home, oid, first=not spaces)
-                    spaces.add(oid)
-                one.name = f"{_SPACES}/{rest}"
-            if one.name == _MAP and content is not None:
-                text = _moved(content.read().decode(), home.data).encode()
-                yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
-                continue
-            yield _owned(one, home)
-            while content is not None and (piece := content.read(_CHUNK)):
-                yield piece
-            yield padding(one.size if content is not None else 0)
-    yield END
+    for folder in _space_folders(archive.members()):
+        yield home.entry(f"{home.inside}{folder}/", mode=0o700)
+    if _MAP in held:
+        text = _moved(held[_MAP], home.data).encode()
+        yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
+    yield from archive.tar(lambda member: _placed(member, home), end=False)
 
 
-def _space(home: Home, oid: str, *, first: bool) -> Iterator[bytes]:
-    if first:
-        yield home.entry(f"{home.inside}{_SPACES}/", mode=0o700)
-    yield home.entry(f"{home.inside}{_SPACES}/{oid}/", mode=0o700)
+def _space_folders(members: Iterable[Member]) -> list[str]:
+    oids = dict.fromkeys(
+        member.name.split("/")[1] for member in members if member.name.startswith(f"{TABLESPACES}/")
+    )
+    return [_SPACES, *(f"{_SPACES}/{oid}" for oid in oids)] if oids else []
 
 
 def _moved(text: str, data: str) -> str:
@@ -308,29 +303,39 @@ def _moved(text: str, data: str) -> str:
     return "".join(f"{oid} {data}/{_SPACES}/{oid}\n" for oid in oids)
 
 
-def _owned(one: TarInfo, home: Home) -> bytes:
-    one.name = home.inside + one.name
-    one.uid, one.gid, one.uname, one.gname = home.uid, home.gid, "", ""
-    one.mtime, one.pax_headers = int(one.mtime), {}
-    return one.tobuf(PAX_FORMAT)
+def _placed(member: Member, home: Home) -> Member | None:
+    """None for what is left out or written anew."""
+    name = member.name
+    if name in _ANEW:
+        return None
+    if name.startswith(f"{TABLESPACES}/"):
+        name = _SPACES + name.removeprefix(TABLESPACES)
+    return member._replace(name=home.inside + name, uid=home.uid, gid=home.gid)
 
 
 def last_files(
-    point: RecoveryPoint, home: Home, held: Mapping[str, str], target: Target, replayed: Replayed
+    point: RecoveryPoint,
+    home: Home,
+    held: Mapping[str, str],
+    target: Target,
+    replayed: Replayed,
+    kernel: tuple[int, ...] = (),
 ) -> list[tuple[str, bytes]]:
     """What makes the container's data directory a cluster that recovers to the target; PG_VERSION at the end."""
     if _VERSION not in held:
         raise RestoreFailed("the archive holds no data directory of PostgreSQL", hint="run backupd verify")
-    kept = point.attributes.get("settings")
+    of = point.attributes
+    kept = of.get("settings")
     own = {
         **({name: str(value) for name, value in kept.items()} if isinstance(kept, dict) else {}),
+        **syncing(number(of.get("major")), kernel),
         "hba_file": f"{home.data}/{_HBA}",
         "recovery_target_timeline": str(replayed.timeline),  # the default, `latest`, may be another branch
         **target.setting(point, replayed),
     }
     files: dict[str, str] = {}
-    if "postgresql.conf" not in held:  # it lay outside the data directory
-        files["postgresql.conf"] = "# Made by backupd: the server's own lay outside its data directory\n"
+    if _CONF not in held:  # it lay outside the data directory
+        files[_CONF] = "# Made by backupd: the server's own lay outside its data directory\n"
     files |= {
         _HBA: LET_IN,
         _AUTO: configuration(held.get(_AUTO, ""), own),
@@ -339,6 +344,12 @@ def last_files(
         _VERSION: held[_VERSION],
     }
     return [(name, text.encode(errors="surrogateescape")) for name, text in files.items()]
+
+
+def syncing(major: int, kernel: tuple[int, ...]) -> dict[str, str]:
+    """How the server makes its files durable before it replays: file by file, a millisecond each where a disk's cache
+    is flushed for every one, or all at once. Before Linux 5.8 the latter does not tell of failures. Pure."""
+    return {"recovery_init_sync_method": "syncfs"} if major >= 14 and kernel >= (5, 8) else {}
 
 
 def _report(point: RecoveryPoint, target: Target, replayed: Replayed) -> dict[str, Json]:

@@ -54,7 +54,8 @@ class Segments:
     """Pieces of WAL, which may begin and end anywhere, as the segment files a server reads.
 
     Where the first piece begins inside a segment, the headers that the server checks before it reads the base's
-    first record are made up; nothing else before that record is read.
+    first record are made up; nothing else before that record is read. A segment that is given out is the caller's
+    until the next is asked for: all are made in one buffer.
     """
 
     def __init__(self, size: int, major: int) -> None:
@@ -82,17 +83,18 @@ class Segments:
         while view:
             at = start % self._size
             count = min(len(view), self._size - at)
-            self._segment[at : at + count] = view[:count]
+            self._room[at : at + count] = view[:count]
             start += count
             view = view[count:]
             self.position = start
             if start % self._size == 0:
-                yield self._full(start - self._size)
+                yield self._made(start - self._size, self._size)
 
     def finish(self) -> Iterator[tuple[str, bytearray]]:
         """The last segment, filled up with zeros: there the server finds the end."""
         if self.position is not None and self.position % self._size:
-            yield self._full(self.position - self.position % self._size)
+            filled = self.position % self._size
+            yield self._made(self.position - filled, filled)
 
     def _enter(self, epoch: str, start: int) -> tuple[str, bytearray] | None:
         """Where another timeline begins inside a segment, the one that ended there as it stands: the new one's
@@ -102,6 +104,7 @@ class Segments:
             self._system, self._timeline = system, timeline
             self._front = start % self._size
             self._segment = bytearray(self._size)
+            self._room = memoryview(self._segment)  # a slice of the bytearray itself would be copied twice
             self.position = start
         if system != self._system or timeline < self._timeline:
             raise Damaged(f"the log goes on with another cluster's: {epoch}")
@@ -113,19 +116,17 @@ class Segments:
         if timeline == self._timeline:
             return None
         self.switches.append((self._timeline, start))
-        ended = None
-        if start % self._size:
-            ended = self._full(start - start % self._size)
-            self._segment[:] = ended[1]
+        filled = start % self._size
+        ended = self._made(start - filled, filled) if filled else None
         self._timeline = timeline
         return ended
 
-    def _full(self, start: int) -> tuple[str, bytearray]:
-        done, self._segment = self._segment, bytearray(self._size)
+    def _made(self, start: int, filled: int) -> tuple[str, bytearray]:
+        self._room[filled:] = bytes(self._size - filled)
         if self._front:
-            self._make_front(done, start)
+            self._make_front(self._segment, start)
             self._front = 0
-        return segment_name(self._timeline, start, self._size), done
+        return segment_name(self._timeline, start, self._size), self._segment
 
     def _make_front(self, segment: bytearray, start: int) -> None:
         first_page = -(-self._front // PAGE) * PAGE

@@ -32,6 +32,7 @@ from backupd.drivers.volume_facts import (
 from backupd.errors import BackupdError, CaptureFailed, CommandFailed, ContainerError, RestoreFailed
 from backupd.model import (
     Archive,
+    Bytes,
     Capture,
     Clock,
     Container,
@@ -295,7 +296,7 @@ class VolumeDriver:
     # --- helpers
 
     def _helper(
-        self, argv: Sequence[str], volume: str, mode: str, *, stdin: Iterable[bytes] | None = None
+        self, argv: Sequence[str], volume: str, mode: str, *, stdin: Iterable[Bytes] | None = None
     ) -> Iterator[bytes]:
         return self._engine.run_helper(self._image(), argv, volumes={volume: (INSIDE, mode)}, stdin=stdin)
 

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from backupd.errors import CommandFailed, ContainerError
+from backupd.model import Bytes
 from backupd.sandbox.engine import asking, describe, readable
 from backupd.sandbox.said import ended_badly
-from backupd.sandbox.wire import Hijacked
+from backupd.sandbox.wire import Hijacked, in_blocks
 
 if TYPE_CHECKING:
     from backupd.sandbox.engine import Engine
@@ -69,6 +70,10 @@ class DockerContainer:
         return bool(self.inspect()["State"]["Running"])
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        return self._engine.kernel
+
+    @property
     def exit_code(self) -> int:
         """Of its last end."""
         return int(self.inspect()["State"]["ExitCode"])
@@ -85,7 +90,7 @@ class DockerContainer:
         self,
         argv: Sequence[str],
         *,
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
         timeout: float | None = None,
@@ -193,10 +198,10 @@ class DockerContainer:
             finally:  # half read and left open, it makes the engine hold the container's lock for ever
                 response.close()
 
-    def write(self, path: str, tar: Iterable[bytes]) -> None:
+    def write(self, path: str, tar: Iterable[Bytes]) -> None:
         """Unpack a tar at `path`, which must be there; works on a stopped container."""
         with asking(f"write {path} of the container {self.name}"):
-            self._engine.api.put_archive(self.id, path, (bytes(chunk) for chunk in tar))
+            self._engine.api.put_archive(self.id, path, in_blocks(tar))
 
     def mount(self, destination: str) -> Path | None:
         """The host directory behind `destination`, when this process can reach it.

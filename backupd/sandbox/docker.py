@@ -18,8 +18,13 @@ __all__ = ["ContainerInfo", "DockerContainer", "DockerSandbox", "Engine", "Mount
 SANDBOX = "backupd.sandbox"
 SOURCE = "backupd.source"
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
-PROBE = 10.0  # seconds for one run of a `ready` program
-ASK_FROM = 0.3  # the pause from which on, after a second in all, a service is asked how far it is
+PROBE = 10.0  # seconds for one look at whether a service is ready
+UNTIL = """n=$1; shift
+until "$@"; do n=$((n - 1)); [ $n -gt 0 ] || exit 1; sleep 0.2 2>/dev/null || sleep 1; done"""
+"""Runs a `ready` program until it ends with 0, at most so many times: to begin an exec takes the engine a tenth of a
+second of processor time, which a service that is getting ready needs itself."""
+TRIES = 10
+PAUSE = 0.2  # seconds between two such looks
 
 
 class DockerSandbox:
@@ -148,14 +153,14 @@ class DockerSandbox:
         timeout: float = 120.0,
         moving: Callable[[], str] = str,
     ) -> None:
-        """Poll the spec's `ready` program until it ends with 0; `moving` is asked from the second second on.
+        """Run the spec's `ready` program until it ends with 0; `moving` is asked every second or two.
 
         Raises RestoreFailed with the container's last lines when it has ended, or has neither got ready nor
         moved for `timeout` seconds.
         """
         mine = self._engine.container(container.name)
         deadline = time.monotonic() + timeout
-        pause, said, place = 0.05, "", ""
+        said, place = "", ""
         while True:
             if not mine.running:
                 raise RestoreFailed(
@@ -165,13 +170,13 @@ class DockerSandbox:
             if not spec.ready:
                 return
             try:
-                for _ in mine.exec(spec.ready, timeout=PROBE):
+                for _ in mine.exec(("sh", "-c", UNTIL, "sh", str(TRIES), *spec.ready), timeout=PROBE):
                     pass
             except (CommandFailed, ContainerError) as error:  # it may just be ending: looked at above
                 said = error.message
             else:
                 return
-            if pause > ASK_FROM and (now := moving()) != place:
+            if (now := moving()) != place:
                 place, deadline = now, time.monotonic() + timeout
             if time.monotonic() > deadline:
                 how = (
@@ -183,8 +188,7 @@ class DockerSandbox:
                     f"{mine.name} {how}: {said}{_quoted(mine)}",
                     hint=f"docker logs {mine.name}",
                 )
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
+            time.sleep(PAUSE)  # where no program can be begun, nothing else keeps this loop from spinning
 
     # --- removing ------------------------------------------------------------------------------------
 

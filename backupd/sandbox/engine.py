@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backupd.errors import BackupdError, ContainerError
-from backupd.model import Progress, Silence
+from backupd.model import Bytes, Progress, Silence
 from backupd.sandbox.said import ended_badly
 
 if TYPE_CHECKING:
@@ -76,6 +78,12 @@ def describe(attributes: Mapping[str, Any]) -> ContainerInfo:
     )
 
 
+def kernel_of(release: str) -> tuple[int, ...]:
+    """Major and minor number of a release as `uname -r` prints it. Pure."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return (int(found[1]), int(found[2])) if found else ()
+
+
 class Engine:
     """A Docker engine. Safe to use from several threads."""
 
@@ -101,6 +109,12 @@ class Engine:
         """The engine's version. Raises ContainerError with a hint when it cannot be used."""
         with asking("ask the container engine"):
             return str(self.api.version()["Version"])
+
+    @cached_property
+    def kernel(self) -> tuple[int, ...]:
+        """The version of the engine's Linux, as (6, 1); empty where it does not tell."""
+        with asking("ask the container engine"):
+            return kernel_of(str(self.api.version().get("KernelVersion") or ""))
 
     def close(self) -> None:
         """Let the connections go; the next call makes new ones."""
@@ -209,7 +223,7 @@ class Engine:
         argv: Sequence[str],
         *,
         volumes: Mapping[str, tuple[str, str]],
-        stdin: Iterable[bytes] | None = None,
+        stdin: Iterable[Bytes] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[bytes]:
         """Run a program in a throwaway container and yield its stdout.

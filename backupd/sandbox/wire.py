@@ -17,11 +17,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from backupd.errors import ContainerError
+from backupd.model import Bytes
 from backupd.sandbox.said import Said
 
 STDIN, STDOUT, STDERR, ENGINE = 0, 1, 2, 3
 HEADER = 8
+BLOCK = 1 << 17
+"""Bytes of a body's chunk: urllib3 copies each, and a large one into fresh memory."""
 RECEIVE = 1 << 18  # a Unix socket hands out some 200 KiB at a time; frames are 32 KiB
+
+
+def in_blocks(chunks: Iterable[Bytes]) -> Iterator[Bytes]:
+    """The same bytes, at most BLOCK at a time."""
+    for chunk in chunks:
+        for at in range(0, len(chunk), BLOCK):
+            yield memoryview(chunk)[at : at + BLOCK]
 
 
 class Demultiplexer:
@@ -87,12 +97,12 @@ class Hijacked:
         """What the program wrote to stderr: both ends of it."""
         return self._said.text
 
-    def feed(self, chunks: Iterable[bytes]) -> None:
+    def feed(self, chunks: Iterable[Bytes]) -> None:
         """Send `chunks` to the program's stdin from a thread of its own, then close stdin."""
         self._feeder = threading.Thread(target=self._send, args=(chunks,), name="stdin", daemon=True)
         self._feeder.start()
 
-    def _send(self, chunks: Iterable[bytes]) -> None:
+    def _send(self, chunks: Iterable[Bytes]) -> None:
         try:
             for chunk in chunks:
                 try:
