@@ -195,15 +195,23 @@ def cover(spans: Sequence[LogSpan], position: int) -> Iterator[LogSpan]:
 def logs_for(chain: Chain, need: Need, at: datetime) -> tuple[LogSpan, ...]:
     """What a restore to `at` replays: from the point's start until everything of that instant is in it for certain,
     and a little more."""
+    alone: dict[int, list[LogSpan]] = {}
+    for span in chain.spans:
+        if span.start == span.end and span.anchor:
+            alone.setdefault(span.start, []).append(span)
     chosen: list[LogSpan] = []
     for span in cover(chain.spans, need.start):
         chosen.append(span)
         if span.end >= need.end and span.anchor and span.anchor.at - SLACK >= at:
             break
-    else:  # an anchor alone at the end says that nothing more was done until then
-        alone = [s for s in chain.spans if s.anchor and s.start == s.end == chain.end]
-        chosen += sorted(alone, key=lambda s: s.anchor.at if s.anchor else at)[-1:]
-    return tuple(chosen)
+        chosen += _first_and_last(alone.get(span.end, ()))
+    return tuple(chosen or _first_and_last(alone.get(need.start, ())))
+
+
+def _first_and_last(alone: Iterable[LogSpan]) -> list[LogSpan]:
+    """Anchors alone, at one position, say how long nothing was done there: those between say no more."""
+    found = sorted(alone, key=lambda s: s.anchor.at if s.anchor else datetime.min)
+    return [*found[:1], *found[1:][-1:]]
 
 
 def newest(spans: Iterable[LogSpan]) -> LogSpan | None:

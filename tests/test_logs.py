@@ -14,7 +14,7 @@ from engine import START, Engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backupd.chain import chains, newest
+from backupd.chain import Need, chains, logs_for, newest
 from backupd.codec import ZstdCodec
 from backupd.errors import Damaged, Locked, StoreError, UsageError
 from backupd.logs import LogWriter, check_log, compact_logs, read_logs, read_span
@@ -331,6 +331,37 @@ def test_an_idle_source_gets_an_anchor_a_minute_and_one_at_the_end(engine: Engin
     sink.close()
     assert chains(*engine.repository.logs("db"))[0].reach == at(149)
     assert len(keys(engine)) == 4
+
+
+def test_until_when_a_source_stood_still_is_stored_with_what_it_did_next(engine: Engine) -> None:
+    """Else an instant of its rest would land at the rest's beginning, and what came after it would seem unknown."""
+    sink = LogWriter(engine.repository, "db")
+    sink.begin(EPOCH, 0)
+    sink.piece(0, 100, content(0, 100))
+    for second in range(30):
+        sink.anchor(at(second), 100)
+    sink.anchor(at(30), 150)
+    sink.anchor(at(31), 200)
+    sink.piece(100, 200, content(100, 200))
+    *_, last = read_logs(engine.repository, engine.repository.logs("db")[0])
+    known = [(at(0), 100), (at(29), 100), (at(30), 150), (at(31), 200)]
+    assert [(anchor.at, anchor.position) for anchor in last[0].anchors] == known
+
+
+def test_how_long_a_source_stood_still_is_known_behind_a_restart_of_the_agent_too(engine: Engine) -> None:
+    """Stored alone when it stopped, and read where the log goes on."""
+    for start in (0, 100):
+        sink = LogWriter(engine.repository, "db")
+        sink.begin(EPOCH, start)
+        sink.piece(start, start + 100, content(start, start + 100))
+        for second in (1, 5, 9):
+            sink.anchor(at(start + second), start + 100)
+        sink.close()
+    (chain,) = chains(*engine.repository.logs("db"))
+    read = read_logs(engine.repository, logs_for(chain, Need(EPOCH, 0, 10), at(500)))
+    assert [(piece.end, [anchor.at for anchor in piece.anchors]) for piece, _ in read] == [
+        (100, []), (100, [at(1), at(9)]), (200, []), (200, [at(101), at(109)]),
+    ]  # fmt: skip
 
 
 def test_a_source_that_never_wrote_anything_has_anchors_too(engine: Engine) -> None:

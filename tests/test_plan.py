@@ -257,11 +257,13 @@ def test_a_log_brings_its_base_to_the_very_instant() -> None:
     assert (b.lands_at, b.logs, plan.spread) == (at(2), (), timedelta(0))
 
 
-def test_an_anchor_alone_at_the_end_of_a_log_goes_along() -> None:
-    """The newest: it says that nothing more was done until then."""
-    spans = [span(0, 100, at(2)), span(100, 100, at(3)), span(100, 100, at(5))]
+def test_anchors_alone_go_along_with_a_log() -> None:
+    """Where a span ends, the oldest and the newest: they say from when until when nothing more was done."""
+    spans = [span(0, 100, at(2)), *(span(100, 100, at(hour)) for hour in (3, 4, 5)), span(100, 150, at(9))]
+    (step,) = plan_restore([based("a", at(1), 10, 20)], at(4), ["a"], logs=chains(spans[:4])).steps
+    assert step.logs == (spans[0], spans[1], spans[3])
     (step,) = plan_restore([based("a", at(1), 10, 20)], at(4), ["a"], logs=chains(spans)).steps
-    assert step.logs == (spans[0], spans[2])
+    assert step.logs == (spans[0], spans[1], spans[3], spans[4])
     (early,) = plan_restore([based("a", at(1), 10, 20)], at(1), ["a"], logs=chains(spans)).steps
     assert early.logs == (spans[0],)
 

@@ -410,20 +410,24 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
     before = protected.repository.logs("orders")
     end = max(span.end for span in before[0])
 
+    swap = f"[ ! -e /set-back ] || {{ rm -rf {data}/* && cp -a /snapshot/* {data} && rm /set-back; }}"
+    service.exec("sh", "-c", 'sed -i "1a $SWAP" $(command -v docker-entrypoint.sh)', env={"SWAP": swap})
+
     def set_back() -> None:
-        """A server that misses its postmaster.pid, for which it looks once a minute, ends in the middle of this."""
-        others = f"find {data} -mindepth 1 -maxdepth 1 ! -name postmaster.pid -exec rm -rf {{}} +"
-        service.exec("sh", "-c", f"{others} && cp -a /snapshot/* {data}")
+        """While it stands: a server from under which its files are taken ends in the middle."""
+        service.exec("touch", "/set-back")
+        service.container.kill()
+        service.container.start()
+        service.refresh_port(5432)
+        until(lambda: bed.postgres_version(service), "the server of before")
 
     def write_beyond(end: int) -> None:
-        while one(service, "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint") <= end + 50_000:
+        while one(service, "SELECT (pg_current_wal_flush_lsn() - '0/0')::bigint") <= end:
             put(service, *range(1000, 1100))
+            one(service, "SELECT pg_switch_wal()::text")
+        put(service, *range(1000, 1100))
 
     set_back()
-    service.container.kill()
-    service.container.start()
-    service.refresh_port(5432)
-    until(lambda: bed.postgres_version(service), "the server of yesterday")
     driver = driver_of(service)
     with protected.recording(driver) as state:
         until(lambda: state().failures > 1, "its refusal")
@@ -449,17 +453,16 @@ def test_a_server_that_was_set_back_on_its_own_timeline_is_never_mixed_with_what
     service.exec("sh", "-c", snapshot)
     with protected.recording(driver) as state:
         until(lambda: state().state == "recording", "the recorder")
-        put(service, *range(3000, 3100))
-        one(service, "SELECT pg_switch_wal()::text")
-        until(lambda: state().position % (16 * MIB) == 0, "the segment's end")
+
+        def ends_with_a_segment() -> bool:
+            put(service, 3000)
+            one(service, "SELECT pg_switch_wal()::text")
+            time.sleep(0.5)  # the server may write something by itself meanwhile: then once more
+            return state().position % (16 * MIB) == 0
+
+        until(ends_with_a_segment, "the segment's end")
     before = protected.repository.logs("orders")
     set_back()
-    service.container.kill()
-    service.container.start()
-    service.refresh_port(5432)
-    until(lambda: bed.postgres_version(service), "the server of before")
-    put(service, *range(4000, 4200))
-    one(service, "SELECT pg_switch_wal()::text")
     write_beyond(max(span.end for span in before[0]))
     with protected.recording(driver_of(service)) as state:
         until(lambda: state().failures > 1, "its refusal behind the segment")

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from recording import Account, AccountDriver
 from test_logs import LossyStore
 
-from backupd.agent import Agent
+from backupd.agent import Agent, build
 from backupd.agent.recording import RecorderState, Recordings, lag_limit
 from backupd.agent.serving import gauges_of, health_of, jobs_of
 from backupd.agent.status import protections
@@ -32,7 +32,7 @@ from backupd.config.mistakes import ConfigInvalid
 from backupd.errors import Locked
 from backupd.logs import read_logs
 from backupd.metrics import exposition
-from backupd.model import Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint, Silence
+from backupd.model import Capture, Driver, LogMark, LogSink, LogSpan, PointKind, RecoveryPoint, Silence
 from backupd.repository import Repository
 from backupd.retained import MUCH, Retained, worry
 from backupd.scheduler import Health
@@ -387,7 +387,6 @@ def test_how_far_back_every_instant_is_kept_is_part_of_the_retention(tmp_path: P
 
 
 def test_a_log_is_put_together_every_hour(tmp_path: Path) -> None:
-    from backupd.agent import build
 
     (tmp_path / "backupd.toml").write_text(configured())
     jobs = jobs_of(build(load(tmp_path / "backupd.toml", {})))
@@ -418,7 +417,6 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
 ) -> None:
     """And a slot that was lost while it was not there leads to a new base at once. A source that is recorded needs no
     schedule."""
-    from backupd.agent import build
     from backupd.agent.serving import serve
     from backupd.plan import LATEST, plan_restore
 
@@ -460,12 +458,52 @@ def test_serve_records_makes_the_first_base_and_flushes_when_told_to_stop(
         account.kept = len(account.log)
 
 
+class Torn(AccountDriver):
+    """Its account becomes another while the first base is read."""
+
+    def __init__(self, account: Account, tear: Callable[[int], None]) -> None:
+        super().__init__(account)
+        self.tear = tear
+
+    @contextmanager
+    def capture(self, since: RecoveryPoint | None) -> Iterator[Capture]:
+        with super().capture(since) as capture:
+            if self.account.epoch == "acc-1":
+                self.tear(len(self.account.log))
+            yield capture
+
+
+def test_a_log_that_was_torn_while_a_base_was_made_gets_another_at_once(tmp_path: Path) -> None:
+    """Not within the hour: until then nothing of the new stretch could be restored."""
+    (tmp_path / "backupd.toml").write_text(configured())
+    agent = build(load(tmp_path / "backupd.toml", {"BACKUPD_STATE": str(tmp_path / "state")}))
+    agent.ensure_repository()
+    account, begun = Account(now=datetime.now(UTC)), list[str]()
+    recordings = Recordings(
+        {"db": timedelta(milliseconds=10)}, driver=agent.driver, repository=agent.repository, clock=agent.clock,
+        on_begin=lambda _source, epoch, _position: begun.append(epoch), pause=0.01,
+    )  # fmt: skip
+
+    def tear(end: int) -> None:
+        until(lambda: reached(agent.repository()) == end)
+        account.epochs, account.kept, account.breaks = [("other", end)], end, "the server went away"
+        until(lambda: recordings.states()[0].failures)
+        account.breaks = ""
+        until(lambda: begun[-1] == "other")
+
+    agent._drivers["db"] = Torn(account, tear)
+    (job,) = (job for job in jobs_of(agent, recordings) if job.key == ("backup", "db"))
+    with recordings:
+        job.work(threading.Event(), None)
+    points = agent.repository().points("db")
+    assert [point.attributes["epoch"] for point in points] == ["acc-1", "other"]
+
+
 def test_a_base_made_by_hand_before_anything_was_recorded_is_continued_and_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its capture began to keep is recorded from before its start on."""
     from backupd import backup
-    from backupd.agent import build
     from backupd.agent.serving import _back_up_new_stretch
     from backupd.scheduler import Scheduler
 

@@ -17,7 +17,8 @@ import pytest
 import services as bed
 from commands import InsideHome
 from conftest import StartService
-from test_redis_pitr import DIGESTS, Kept, client, driver_of, now_of
+from redis_exact import instant
+from test_redis_pitr import DIGESTS, Kept, client, driver_of
 
 from backupd.drivers import redis_expiry
 from backupd.drivers.redis_expiry import command, keeping, refuse_old
@@ -87,7 +88,7 @@ def recorded(module_services: bed.Services) -> Recorded:
         base = captured.take(kept.driver)
         put(0, "late", 0.5)
         put(3, "long", 1000)
-        kept.wait_for(now_of(source)[2])
+        kept.wait_for(instant(one).offset)
     bed.wait_until(lambda: time.time() * 1000 > expires[0, "late"], timeout=20, what="the end of two keys")
     point = dataclasses.replace(base.point, instant=base.point.instant - MINUTE)
     return Recorded(kept, dataclasses.replace(base, point=point), expires)

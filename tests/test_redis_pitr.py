@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import random
 import secrets
-import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,12 +18,11 @@ import pytest
 import redis as redis_py
 import services as bed
 from conftest import StartService
+from redis_exact import Instant, at_rest, instant
 
 from backupd.chain import chains, need_of
 from backupd.drivers import redis_pitr
 from backupd.drivers.redis import RedisDriver, RedisSettings
-from backupd.drivers.redis_aof import Replay
-from backupd.drivers.redis_home import Home, layout
 from backupd.drivers.redis_pitr import RedisPitr
 from backupd.drivers.redis_recorder import RedisRecorder, join
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
@@ -123,27 +120,6 @@ class Kept:
         self.driver.load_to(taken, read_logs(self.repository, self.chain().spans), at, container)
 
 
-def now_of(service: bed.Service) -> tuple[datetime, str, int]:
-    """A server's clock, the digest of all it holds, and its place, at one instant."""
-    with client(service).pipeline(transaction=True) as asked:
-        for words in (("TIME",), ("DEBUG", "DIGEST"), ("INFO", "replication")):
-            asked.execute_command(*words)
-        (seconds, micros), digest, info = asked.execute()
-    at = datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=micros)
-    return at, str(digest), int(info["master_repl_offset"])
-
-
-def standing_still(service: bed.Service) -> tuple[datetime, str, int]:
-    """As `now_of`, once nothing has changed for half a second: a busy server drops keys long after their time."""
-    before = now_of(service)
-    while True:
-        time.sleep(0.5)
-        now = now_of(service)
-        if now[1] == before[1]:
-            return now
-        before = now
-
-
 def churn(service: bed.Service, seed: int, stop: threading.Event) -> None:
     """All that is sent to replicas in another form than it was given, or depends on time or chance."""
     rnd, one = random.Random(seed), client(service)
@@ -208,7 +184,7 @@ def test_a_restored_server_holds_exactly_what_its_source_held(services: bed.Serv
     threads = [threading.Thread(target=churn, args=(source, seed, stop)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
-    seen = []
+    seen: list[Instant] = []
     with kept.recording():
         taken = captured.take(kept.driver)
         with client(source).client() as mine:
@@ -216,62 +192,26 @@ def test_a_restored_server_holds_exactly_what_its_source_held(services: bed.Serv
             mine.wait(1, 1)  # sends GETACK along
         for _ in range(3):
             time.sleep(0.7)
-            seen.append(now_of(source))
+            seen.append(instant(client(source)))
         stop.set()
         for thread in threads:
             thread.join()
-        seen.append(standing_still(source))
-        time.sleep(0.5)
-        kept.wait_for(seen[-1][2])
+        seen.append(at_rest(client(source)))
+        kept.wait_for(seen[-1].offset)
     log = kept.log()
     assert b"GETACK" in log and b"ping" in log.lower() and b"SWAPDB" in log and b"MULTI" in log
-    for at, digest, position in seen:
+    for one in seen:
         fresh = services.container(
             bed.REDIS_IMAGE, ["redis-server", "--appendonly", "yes", *DIGESTS], start=False
         )
         home = engine.container(fresh.name)
-        stands_still = at == seen[-1][0]
-        if stands_still:
-            kept.restore(taken, at, home)
+        if one == seen[-1]:
+            kept.restore(taken, one.at, home)
         else:  # the place is known exactly here; an anchor would lie somewhere before it
-            kept.driver.load_to(taken, cut(kept, position), None, home)
+            kept.driver.load_to(taken, cut(kept, one.offset), None, home)
         copy = as_replica(services, home)
-        assert str(client(copy).execute_command("DEBUG", "DIGEST")) == digest
+        assert instant(client(copy)).held == one.held
         copy.container.remove(force=True)
-
-
-def test_valkey_goes_the_same_way(start_valkey: StartService, tmp_path: Path) -> None:
-    """Version 9, with types of its own: recorded, laid down by hand as a container would get it, loaded."""
-    source = start_valkey("source", "--enable-debug-command", "yes")
-    one = client(source)
-    one.hset("hash", mapping={"a": "1", "b": "2"})
-    kept = Kept(driver_of(source))
-    with kept.recording():
-        taken = captured.take(kept.driver)
-        one.execute_command("HEXPIRE", "hash", "10000", "FIELDS", "1", "a")
-        one.execute_command("HPEXPIRE", "hash", "5", "FIELDS", "1", "b")
-        client(source, 7).set("short", "v", px=5)
-        one.eval(
-            "redis.call('INCR', KEYS[1]); redis.call('LPUSH', KEYS[2], redis.call('TIME')[2])", 2, "n", "l"
-        )
-        # Its digest leaves out a field whose time has passed and that is not removed yet.
-        bed.wait_until(lambda: one.hlen("hash") == 1, timeout=20, what="the field's end")
-        _, digest, position = now_of(source)
-        kept.wait_for(position)
-    assert str(taken.point.attributes["version"]).startswith("9.")
-    replay = Replay(taken.point, None)
-    log = b"".join(replay.chunks(cut(kept, position)))[: replay.landing().position - replay.start]
-    assert replay.landing().position == position
-    base = len(taken.files["dump.rdb"]), taken.read("dump.rdb")
-    with tarfile.open(
-        fileobj=io.BytesIO(b"".join(layout(Home(appendonly=True), *base, alone=False)))
-    ) as found:
-        found.extractall(tmp_path / "fresh", filter="data")
-    (tmp_path / "fresh" / "appendonlydir" / "appendonly.aof.1.incr.aof").write_bytes(replay.first + log)
-    master = ["--appendonly", "yes", "--replicaof", "127.0.0.1", "1", "--enable-debug-command", "yes"]
-    fresh = start_valkey("fresh", *master)
-    bed.wait_until(lambda: not client(fresh).info("persistence")["loading"], timeout=20, what="Valkey's data")
-    assert str(client(fresh).execute_command("DEBUG", "DIGEST")) == digest
 
 
 def cut(kept: Kept, position: int) -> Iterator[tuple[LogSpan, bytes]]:
@@ -335,74 +275,6 @@ def test_the_stream_is_joined_without_any_dump(services: bed.Services) -> None:
     assert client(source).info("stats")["total_forks"] == 0
     assert client(source).info("replication")["connected_slaves"] == 0
     assert b"$1\r\na\r\n$1\r\n1\r\n" in kept.log()
-
-
-def test_a_link_that_is_cut_costs_nothing(services: bed.Services) -> None:
-    """What was written meanwhile is fetched from the server's backlog: one stretch, every write once."""
-    source = services.redis(*DIGESTS)
-    kept = Kept(driver_of(source))
-    for turn in range(3):
-        with pytest.raises(RedisError, match="closed the connection"), kept.recording() as thread:
-            client(source).set(f"during:{turn}", "v")
-            client(source).client_kill_filter(_type="replica")
-            thread.join(20)
-        client(source).set(f"between:{turn}", "v")
-    with kept.recording():
-        kept.wait_for(int(client(source).info("replication")["master_repl_offset"]))
-    log = kept.log()
-    for turn in range(3):
-        assert log.count(f"during:{turn}".encode()) == log.count(f"between:{turn}".encode()) == 1
-    assert not kept.reasons()
-
-
-def test_a_backlog_that_ran_over_is_a_gap_and_a_new_base_goes_on(
-    services: bed.Services, engine: Engine
-) -> None:
-    """Told, never papered over: what lies on either side is restored, and nothing between is pretended."""
-    source = services.redis(*DIGESTS, "--repl-backlog-size", "16kb")
-    kept = Kept(driver_of(source))
-    with kept.recording():
-        client(source).set("before", "1")
-        kept.wait_for(int(client(source).info("replication")["master_repl_offset"]))
-    for n in range(200):
-        client(source).set(f"k{n}", "v" * 1000)
-    with kept.recording():
-        taken = captured.take(kept.driver)
-        client(source).set("after", "1")
-        kept.wait_for(int(client(source).info("replication")["master_repl_offset"]))
-    spans, marks = kept.repository.logs("s")
-    assert [mark.after for mark in marks] == [""]
-    first, second = chains(spans, marks)
-    assert first.end < second.start
-    assert b"k100" not in b"".join(data for _, data in read_logs(kept.repository, first.spans))
-    need = need_of(taken.point)
-    assert need is not None and second.covers(need)
-    fresh = engine.container(services.container(bed.REDIS_IMAGE, start=False).name)
-    kept.driver.load_to(taken, read_logs(kept.repository, second.spans), None, fresh)
-
-
-def test_a_promoted_replica_goes_on_with_the_same_log(services: bed.Services) -> None:
-    """The new master's history continues the old one's: two epochs, one stretch."""
-    network = services.network()
-    old = services.redis(*DIGESTS, network=network, aliases=["old"])
-    new = services.redis(*DIGESTS, "--replicaof", "old", "6379", network=network, aliases=["new"])
-    bed.wait_until(
-        lambda: client(new).info("replication").get("master_link_status") == "up", timeout=30, what="a link"
-    )
-    kept = Kept(driver_of(old))
-    with kept.recording():
-        client(old).set("of the old", "1")
-        kept.wait_for(int(client(old).info("replication")["master_repl_offset"]))
-        # What a replica had not received when it was promoted is lost to all, and rightly a gap.
-        bed.wait_until(lambda: client(new).get("of the old") == b"1", timeout=30, what="the replica")
-    client(new).replicaof("NO", "ONE")
-    kept.driver = driver_of(new)
-    client(new).set("of the new", "2")
-    with kept.recording():
-        kept.wait_for(int(client(new).info("replication")["master_repl_offset"]))
-    assert len({epoch for epoch, _ in kept.begun}) == 2
-    assert b"of the old" in kept.log() and b"of the new" in kept.log()
-    assert not kept.reasons()
 
 
 class Stuck:
@@ -533,6 +405,25 @@ def test_a_target_that_is_no_time_is_refused(services: bed.Services, engine: Eng
     with pytest.raises(RestoreFailed, match="lies before"):
         mine.load_to(taken, iter(()), taken.point.instant - timedelta(seconds=1), fresh)
     assert not fresh.running
+
+
+def test_a_replica_that_is_behind_what_is_stored_is_waited_for(start_valkey: StartService) -> None:
+    """It was restarted with what it had on its disk, and its master brings it the rest: the same log, and no gap."""
+    master = start_valkey("master")
+    client(master).set("k", "v")
+    replica = start_valkey("replica", "--replicaof", "127.0.0.1", str(master.port))
+    bed.wait_until(lambda: client(replica).get("k") == b"v", timeout=20, what="the replica")
+    about = client(replica).info("replication")
+    end = about["slave_repl_offset"] + 10_000
+    at = RedisAddress(replica.host, replica.port)
+    stored = LogSpan("s", about["master_replid"], 0, end, None, 0)
+    with pytest.raises(RedisError, match=f"its log is stored up to {end}"):
+        join(lambda: Connection(at), stored)
+    client(master).set("large", "v" * 10_000)
+    bed.wait_until(lambda: client(replica).exists("large") == 1, timeout=20, what="the replica")
+    joined = join(lambda: Connection(at), stored)
+    with contextlib.closing(joined.link):
+        assert (joined.position, joined.gap) == (end, "")
 
 
 def test_a_position_that_is_gone_is_no_beginning(services: bed.Services) -> None:

@@ -166,6 +166,7 @@ class Recordings:
         source.claim.release(repository)
 
     def _begun(self, source: _Source) -> None:
+        source.stretches += 1
         source.turned(begun=True)
         if source.sink is not None:
             recorded = source.sink.recorded
@@ -178,6 +179,15 @@ class Recordings:
         if found is not None and found.begun.is_set() and found.sink is not None:
             recorded = found.sink.recorded
             self._on_begin(source, recorded.epoch, recorded.position)
+
+    def stretch(self, source: str) -> tuple[int, str, int]:
+        """How many stretches of a source's log have begun; the epoch, empty where nothing is recorded now, and the
+        position of the last one."""
+        found = self._sources.get(source)
+        if found is None or not found.begun.is_set() or found.sink is None:
+            return (found.stretches if found else 0), "", 0
+        recorded = found.sink.recorded
+        return found.stretches, recorded.epoch, recorded.position
 
     @property
     def stopping(self) -> threading.Event:
@@ -196,6 +206,8 @@ class _Source:
         self.refused: Locked | None = None
         """Another server is recorded under this name."""
         self.begun = threading.Event()
+        self.stretches = 0
+        """How many have begun."""
         self.thread = threading.Thread(target=self._run, name=f"record {name}", daemon=True)
         self._recordings, self._pause = recordings, pause
         self._started = self._since = now

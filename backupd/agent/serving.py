@@ -70,7 +70,10 @@ def serve(agent: Agent) -> int:
         "metrics": lambda: (True, Text(exposition(gauges_of(recordings.states())), CONTENT_TYPE)),
     }
     web = StatusServer(settings.address, pages)
-    return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
+    try:
+        return run_until_stopped(scheduler, grace=settings.grace.total_seconds(), beside=[web, recordings])
+    finally:
+        agent.catalog.close()  # not left to the interpreter's end, at which a thread may still hold it
 
 
 def health_of(health: Health, states: Sequence[RecorderState]) -> Answer:
@@ -127,18 +130,27 @@ def _back_up_new_stretch(agent: Agent, scheduler: Scheduler, source: str, epoch:
     try:
         if agent.config.sources[source].schedule and agent.catalog.last_ok("backup", source) is None:
             return
-        repository = agent.repository()
-        spans, marks = repository.logs(source)
-        if not needs_base(repository.points(source), chains(spans, marks), epoch, position, marks):
-            return
     except BackupdError as error:
-        log.warning("%s: whether its log continues a recovery point is not known: %s", source, error)
+        log.warning("%s: when it was backed up last is not known: %s", source, error)
+        return
+    if not _continues_none(agent, source, epoch, position):
         return
     if any(job.key == ("backup", source) for job in scheduler.jobs) and not scheduler.is_busy(
         "backup", source
     ):
         log.info("%s: a new base is made, its log continues none", source)
         scheduler.run_now("backup", source)
+
+
+def _continues_none(agent: Agent, source: str, epoch: str, position: int) -> bool:
+    """Whether what is recorded there continues no recovery point, for certain."""
+    try:
+        repository = agent.repository()
+        spans, marks = repository.logs(source)
+        return needs_base(repository.points(source), chains(spans, marks), epoch, position, marks)
+    except BackupdError as error:
+        log.warning("%s: whether its log continues a recovery point is not known: %s", source, error)
+        return False
 
 
 def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
@@ -179,8 +191,16 @@ def jobs_of(agent: Agent, recordings: Recordings | None = None) -> list[Job]:
 
 def _backup_job(agent: Agent, name: str, source: SourceConfig, recordings: Recordings | None) -> Job:
     def work(stop: threading.Event, due: datetime | None) -> Run:
-        if recordings is not None:
-            recordings.wait_begun(name, stop)
+        if recordings is None:
+            return agent.back_up(name, Silence(), due=due, stop=stop)
+        recordings.wait_begun(name, stop)
+        before, *_ = recordings.stretch(name)
+        run = agent.back_up(name, Silence(), due=due, stop=stop)
+        now, epoch, position = recordings.stretch(name)
+        # A stretch that began meanwhile led to no base of its own, as this one was being made.
+        if now == before or not epoch or not _continues_none(agent, name, epoch, position):
+            return run
+        log.info("%s: another base is made, its log was torn while the last one was", name)
         return agent.back_up(name, Silence(), due=due, stop=stop)
 
     when = Schedule.parse(source.schedule, source.timezone or "UTC", seed=name) if source.schedule else None

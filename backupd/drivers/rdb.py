@@ -45,6 +45,8 @@ class RdbSummary:
     aux: dict[str, str] = field(default_factory=dict)
     databases: dict[int, Database] = field(default_factory=dict)
     functions: int = 0
+    modules: set[str] = field(default_factory=set)
+    """Types of values that modules wrote, as far as the keys were counted."""
     complete: bool = False
     """Every database was counted."""
 
@@ -159,7 +161,8 @@ def checked(
 # --- counting ------------------------------------------------------------------------------------------
 #
 # What follows an opcode or a value type is written as a little program of steps:
-#   "len"           a length;  "str" a string;  "double" a number as text;  "module" what a module wrote
+#   "len"           a length;  "str" a string;  "double" a number as text
+#   "type"          a module's type;  "module" what it wrote
 #   an int          that many bytes
 #   a tuple         a length n, then the tuple's steps n times
 
@@ -190,7 +193,7 @@ _VALUES: dict[int, tuple[Step, ...]] = {
     3: (("str", "double"),),
     4: (("str", "str"),),
     5: (("str", 8),),
-    7: ("len", "module"),
+    7: ("type", "module"),
     **dict.fromkeys((9, 10, 11, 12, 13, 16, 17, 20), ("str",)),
     14: (("str",),),
     18: (("len", "str"),),
@@ -205,11 +208,19 @@ _PREFIXES: dict[int, tuple[Step, ...]] = {
     0xFC: (8,),  # expires, milliseconds
     0xF9: (1,),  # how often it was used
     0xF8: ("len",),  # how long it was not
-    0xF7: ("len", "module"),
+    0xF7: ("type", "module"),
     0xF4: ("len", "len", "len"),  # sizes of a cluster's slot
 }
 _AUX, _RESIZE, _SELECT, _FUNCTION = 0xFA, 0xFB, 0xFE, 0xF5
 _SPECIAL = {0: 1, 1: 2, 2: 4}  # numbers of 8, 16, 32 bits, stored in place of a string
+
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def _type_name(number: int) -> str:
+    """Nine letters of six bits each, above ten bits of version."""
+    return "".join(_LETTERS[number >> shift & 63] for shift in range(58, 9, -6))
 
 
 class _Short(Exception):
@@ -279,6 +290,8 @@ class _Counter:
                 self._skip = self._string()
             elif step == "len":
                 self._length()
+            elif step == "type":
+                self._summary.modules.add(_type_name(self._length()[0]))
             elif step == "double":
                 size = self._byte()
                 self._skip = 0 if size >= 253 else size

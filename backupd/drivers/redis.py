@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis_aof import Replay, bring_back_log
+from backupd.drivers.redis_fit import format_of, modules
 from backupd.drivers.redis_home import DATA, bring_back, loading, reach
 from backupd.drivers.redis_save import save
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
@@ -241,7 +242,7 @@ class RedisDriver:
                 alone = Replay(archive.point, None, alone=True)
                 bring_back_log(container, self.credentials(), base, alone, (), keep=True)
             else:
-                bring_back(container, self.credentials(), *base)
+                bring_back(container, self.credentials(), archive.point.attributes, *base)
 
     def keeping(self) -> RedisDriver:
         """Implements `live.ExpiringDriver`."""
@@ -422,7 +423,7 @@ def _note(capture: Capture, summary: RdbSummary, before: datetime, expected: Seq
         capture.instant = max(before, created)
     if not summary.checksum:
         capture.warnings.append("the dump has no checksum (rdbchecksum no): damage in it would go unseen")
-    capture.attributes["rdb_version"] = summary.version
+    capture.attributes |= format_of(summary)
     if expected is not None and (summary.complete or summary.databases.keys() >= set(expected)):
         lasting = {str(n): d.keys - d.expiring for n, d in summary.databases.items()}
         capture.facts.update(_facts(lasting, summary.functions))
@@ -437,6 +438,7 @@ def describe(server: Connection, container: Container | None) -> dict[str, Json]
     settings = server.config("dir", "dbfilename", "databases")
     memory = server.info("memory")
     databases = settings.get("databases", "")
+    loaded: list[Json] = [*modules(server.text("INFO", "modules"))]
     return {
         "server": about.get("server_name", "redis"),
         "version": about.get("valkey_version") or about.get("redis_version", ""),
@@ -446,6 +448,7 @@ def describe(server: Connection, container: Container | None) -> dict[str, Json]
         "databases": int(databases) if databases.isdigit() else 0,
         "appendonly": server.info("persistence").get("aof_enabled") == "1",
         "maxmemory": int(memory.get("maxmemory", "0")),
+        **({"modules": loaded} if loaded else {}),
     }
 
 

@@ -29,21 +29,23 @@ ASIDE = "backupd-restore"
 REPORT = "backupd_recovery.json"
 
 LOAD_AND_SAVE = """
-cd "$1" || exit
-"$2-server" --dir "$1" --port 0 --unixsocket "$1/socket" --save '' --databases "$3" --appendonly yes \
-  >log 2>&1 &
+folder=$1 program=$2 databases=$3 dump=$4
+shift 4
+cd "$folder" || exit
+"$program-server" --dir "$folder" --port 0 --unixsocket "$folder/socket" --save '' --databases "$databases" \
+  --appendonly yes "$@" >log 2>&1 &
 server=$!
-until answer=$("$2-cli" -s socket ping 2>&1) && [ "$answer" = PONG ]; do
+until answer=$("$program-cli" -s socket ping 2>&1) && [ "$answer" = PONG ]; do
   kill -0 $server 2>/dev/null || { tail -n 5 log >&2; exit 1; }
   sleep 0.1
 done
-answer=$("$2-cli" -s socket save)
-"$2-cli" -s socket shutdown nosave
+answer=$("$program-cli" -s socket save)
+"$program-cli" -s socket shutdown nosave
 wait $server
 [ "$answer" = OK ] || { echo "it could not save: $answer" >&2; tail -n 5 log >&2; exit 1; }
-mv dump.rdb "../$4" && cd .. && rm -r "$1"
+mv dump.rdb "../$dump" && cd .. && rm -r "$folder"
 """
-"""The directory, `redis` or `valkey`, the number of databases, the dump's name."""
+"""The directory, `redis` or `valkey`, the number of databases, the dump's name; options for the server."""
 APPEND = 'exec cat >>"$1"'
 PUT_IN_PLACE = """
 cd "$1/.." && rm -rf "$2" && mv "$1/$2" "$2" && rmdir "$1"
@@ -104,6 +106,7 @@ class Replay:
     `alone`: there is none, and the point is restored as it is."""
 
     def __init__(self, point: RecoveryPoint, at: datetime | None, *, alone: bool = False) -> None:
+        self.point = point.attributes
         need, database = None if alone else need_of(point), point.attributes.get("stream_database")
         self.start, end = (need.start, need.end) if need else (0, 0)
         self.first = select(database if isinstance(database, int) else 0)
@@ -179,9 +182,10 @@ def bring_back_log(
     """Lay a dump, of known size, and the log that is replayed on it into a container that holds nothing. It is stopped
     then. `keep`: what has expired since is kept. Returns the server's directory, and where it will land.
 
-    Raises RestoreFailed, with nothing changed, where it holds data already, or cannot keep what has expired.
+    Raises RestoreFailed, with nothing changed, where it holds data already, cannot take the dump, or cannot keep what
+    has expired.
     """
-    with fresh_server(container, address) as (server, home):
+    with fresh_server(container, address, replay.point) as (server, home):
         if keep:
             refuse_old(server.info("server"))
         if not home.appendonly:
@@ -198,13 +202,30 @@ def bring_back_log(
             _keep(container, address, aside, landing)
         if home.appendonly:
             last = home.appenddirname if home.major >= 7 else home.appendfilename
-            _run(container, home, PUT_IN_PLACE, folder, last)
+            _put_in_place(container, home, folder, last)
         else:
             program = server.info("server").get("server_name", "redis")
             databases = server.config("databases").get("databases", "16")
-            _run(container, home, LOAD_AND_SAVE, folder, program, databases, home.dbfilename)
+            words = folder, program, databases, home.dbfilename, *loading_modules(server)
+            _run(container, home, LOAD_AND_SAVE, *words)
     container.stop()
     return home.directory, landing
+
+
+def loading_modules(server: Connection) -> list[str]:
+    """The options by which another server loads the modules that this one has. Before version 7 none tells where they
+    are."""
+    listed = server.call("MODULE", "LIST")
+    words: list[bytes] = []
+    for module in listed if isinstance(listed, list) else []:
+        flat = module if isinstance(module, list) else []
+        told = {
+            name: value for name, value in zip(flat[::2], flat[1::2], strict=False) if isinstance(name, bytes)
+        }
+        match told.get(b"path"), told.get(b"args"):
+            case bytes(path), list(given) if path:
+                words += [b"--loadmodule", path, *(word for word in given if isinstance(word, bytes))]
+    return [word.decode(errors="surrogateescape") for word in words]
 
 
 def _refuse_saving(server: Connection, container: Container) -> None:
@@ -246,13 +267,26 @@ def _log_of(home: Home) -> str:
     return f"{home.directory}/{home.appendfilename}"
 
 
-def _run(
-    container: Container, home: Home, script: str, *words: str, stdin: Iterable[bytes] | None = None
-) -> None:
+def _put_in_place(container: Container, home: Home, folder: str, last: str) -> None:
+    """As who owns the directory, whom a server that started as root becomes; where it stayed root (`sh -c`, a path in
+    place of `redis-server`), what it made there is root's."""
     try:
-        for _ in container.exec(
-            ("sh", "-c", script, "sh", *words), stdin=stdin, user=f"{home.uid}:{home.gid}"
-        ):
+        _run(container, home, PUT_IN_PLACE, folder, last)
+    except RestoreFailed:
+        _run(container, home, PUT_IN_PLACE, folder, last, own=False)
+
+
+def _run(
+    container: Container,
+    home: Home,
+    script: str,
+    *words: str,
+    stdin: Iterable[bytes] | None = None,
+    own: bool = True,
+) -> None:
+    user = f"{home.uid}:{home.gid}" if own else None
+    try:
+        for _ in container.exec(("sh", "-c", script, "sh", *words), stdin=stdin, user=user):
             pass
     except CommandFailed as error:
         raise RestoreFailed(

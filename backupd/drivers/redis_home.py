@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from tarfile import TarFile, TarInfo
 
 from backupd.drivers import _tarstream
 from backupd.drivers.rdb import RdbCheck, is_dump
+from backupd.drivers.redis_fit import modules, without_modules
 from backupd.drivers.redis_wire import Connection, RedisAddress, RedisError
 from backupd.errors import CaptureFailed, ContainerError, RestoreFailed
-from backupd.model import Container
+from backupd.model import Container, Json
 
 DATA = "/data"
 _REDIS_UID = 999  # in the official images; their start script gives the files to `redis` anyway
@@ -205,12 +206,25 @@ def _owner(container: Container, directory: str) -> tuple[int, int]:
     return head.uid, head.gid
 
 
+def refuse_without_modules(server: Connection, container: Container, point: Mapping[str, Json]) -> None:
+    """Raise RestoreFailed where the server lacks a module that a recovery point with these attributes needs. One of
+    another version may still read it, and loses nothing by trying."""
+    if why := without_modules(modules(server.text("INFO", "modules")), point):
+        raise RestoreFailed(
+            f"{container.name}: {why}",
+            hint="restore into a container of the source's own image, with these modules; nothing was changed",
+        )
+
+
 @contextlib.contextmanager
-def fresh_server(container: Container, address: RedisAddress) -> Iterator[tuple[Connection, Home]]:
+def fresh_server(
+    container: Container, address: RedisAddress, point: Mapping[str, Json]
+) -> Iterator[tuple[Connection, Home]]:
     """A container's server, running and empty, that will not save by itself when it is stopped. A container that was
     not running is started for it: only the server itself knows for sure where it looks for its data.
 
-    Raises RestoreFailed, with nothing changed, where it holds data already.
+    Raises RestoreFailed, with nothing changed, where it holds data already, or cannot take a recovery point with these
+    attributes.
     """
     was_running = container.running
     if not was_running:
@@ -219,6 +233,7 @@ def fresh_server(container: Container, address: RedisAddress) -> Iterator[tuple[
     try:
         with reach(container, address) as server:
             home = look_round(server, container)
+            refuse_without_modules(server, container, point)
             refuse_used(container, home.directory)
             with contextlib.suppress(RedisError):  # else it would write an empty dump when it is stopped
                 server.call("CONFIG", "SET", "save", "")
@@ -229,13 +244,16 @@ def fresh_server(container: Container, address: RedisAddress) -> Iterator[tuple[
         raise
 
 
-def bring_back(container: Container, address: RedisAddress, size: int, dump: Iterable[bytes]) -> None:
-    """Lay a dump into the data directory of a container's server. It is left running if it was running.
+def bring_back(
+    container: Container, address: RedisAddress, point: Mapping[str, Json], size: int, dump: Iterable[bytes]
+) -> None:
+    """Lay a dump, of a recovery point with these attributes, into the data directory of a container's server. It is
+    left running if it was running.
 
-    Raises RestoreFailed, with nothing changed, where it holds data already.
+    Raises RestoreFailed, with nothing changed, where it holds data already or cannot take the dump.
     """
     was_running = container.running
-    with fresh_server(container, address) as (_, home):
+    with fresh_server(container, address, point) as (_, home):
         pass
     container.stop()
     container.write(home.directory, layout(home, size, dump))

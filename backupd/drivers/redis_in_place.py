@@ -20,12 +20,12 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 
-from backupd.drivers.redis_expiry import version
+from backupd.drivers.redis_fit import modules, unreadable, without_modules
 from backupd.drivers.redis_master import Feed, Master, Progress
 from backupd.drivers.redis_wire import Connection, RedisError
 from backupd.errors import BackupdError, Interrupted, RestoreFailed, UsageError
@@ -55,10 +55,11 @@ def refuse(
     settings: Mapping[str, str],
     point: Mapping[str, Json],
     *,
+    loaded: Collection[str] = (),
     clustered: bool,
 ) -> None:
     """Raises RestoreFailed where a server must not, or could not, take what a recovery point holds. `about` and `role`:
-    its INFO; `point`: the point's attributes."""
+    its INFO; `loaded`: its modules; `point`: the point's attributes."""
     if clustered:
         raise RestoreFailed(
             "the server is a node of a cluster: it drops the keys of slots that are not its own",
@@ -80,26 +81,8 @@ def refuse(
             f"the source had {needed} databases, the server has {there}",
             hint=f"start it with --databases {needed}; nothing was changed",
         )
-    if why := unreadable(about, point):
+    if why := unreadable(about, point) or without_modules(loaded, point):
         raise RestoreFailed(why, hint="restore into a fresh container; nothing was changed")
-
-
-def unreadable(about: Mapping[str, str], point: Mapping[str, Json]) -> str:
-    """Why a server cannot read a dump, by the versions; empty where nothing is known against it.
-
-    A server reads what is older than itself, and throws away what it holds before it knows better. Redis and Valkey
-    went apart with the formats 12 and 80.
-    """
-    valkey = "valkey_version" in about
-    own = about.get("valkey_version") or about.get("redis_version", "")
-    was, theirs = str(point.get("version") or ""), point.get("server") == "valkey"
-    number = point.get("rdb_version")
-    format_ = number if isinstance(number, int) else 0
-    foreign = 12 <= format_ < 80 if valkey else format_ >= 80
-    if foreign or (valkey == theirs and version(was) > version(own)):
-        maker, reader = "Valkey" if theirs else "Redis", "Valkey" if valkey else "Redis"
-        return f"a dump of {maker} {was} cannot be read by {reader} {own}"
-    return ""
 
 
 def unfinished(settings: Mapping[str, str]) -> str | None:
@@ -114,6 +97,7 @@ class Left(StrEnum):
     BEFORE = "the server holds what it held before"
     AFTER = "the server holds the restored state, whole"
     EARLIER = "the server holds an earlier state than was asked for, as the log was not replayed to its end"
+    OTHER = "the server holds another state than was asked for"
     NEITHER = (
         "the server holds nothing whole: what it held is gone, what was to be restored has not all arrived"
     )
@@ -133,6 +117,8 @@ def left(
     does so sooner, but where it is told to keep a copy."""
     if role.get("master_replid") == replid:
         reached = int(role.get("slave_repl_offset") or role.get("master_repl_offset") or 0)
+        if progress.strayed:
+            return Left.OTHER
         return Left.AFTER if progress.end is not None and reached >= progress.end else Left.EARLIER
     keeps = settings.get("repl-diskless-load", "disabled") in ("disabled", "on-empty-db", "swapdb")
     if not loading and not progress.dump_sent and (keeps or not progress.dump):
@@ -243,11 +229,20 @@ class Standing:
         says what the server holds now."""
         server = self._server
         clustered = server.info("cluster").get("cluster_enabled") == "1"
-        refuse(server.info("server"), self._role, self._settings, wanted.point, clustered=clustered)
+        loaded = modules(server.text("INFO", "modules"))
+        refuse(
+            server.info("server"),
+            self._role,
+            self._settings,
+            wanted.point,
+            loaded=loaded,
+            clustered=clustered,
+        )
         at = Address.of_option(wanted.listen) if wanted.listen else Address.of_client(_own_line(server))
         password = f"{MARK}{wanted.safety}-{secrets.token_hex(16)}"
         user = _USER if "masteruser" in self._settings else ""
         outcome = Outcome(warnings=list(self.warnings))
+        refusals = _refusals(server)
         with _listening(wanted.feed, at, user, password) as master:
             try:
                 self._follow(at.reached, master.port, user, password)
@@ -255,6 +250,7 @@ class Standing:
                 with master.led(wanted.check):
                     self._renew()
                     self._refuse_other(wanted.feed)
+                    self._refuse_strayed(master.progress, refusals)
                     wanted.stage("counting what has expired")
                     outcome.expired = count_expired(self._server, wanted.check)
                     self._server.call("REPLICAOF", "NO", "ONE")
@@ -282,6 +278,16 @@ class Standing:
         """It acknowledged; that what it has is our history is looked at all the same."""
         if self._server.info("replication").get("master_replid") != feed.replid:
             raise RestoreFailed("the server follows another master by now", hint="who told it to?")
+
+    def _refuse_strayed(self, progress: Progress, before: int) -> None:
+        """A replica goes on behind a command that it does not know, as of a module that it lacks."""
+        refused = _refusals(self._server) - before
+        if refused > 0:
+            progress.strayed = True
+            raise RestoreFailed(
+                f"the server could not execute {refused} commands of the log",
+                hint="its log names them; has it the version and the modules that wrote them?",
+            )
 
     def _renew(self) -> None:
         """A server may close a connection on which nothing was said for long."""
@@ -409,6 +415,11 @@ def _own_line(server: Connection) -> str:
             raise
     mine = f"id={server.call('CLIENT', 'ID')!r} "
     return next((line for line in server.text("CLIENT", "LIST").splitlines() if line.startswith(mine)), "")
+
+
+def _refusals(server: Connection) -> int:
+    """Errors that it answered its master, since its start."""
+    return int(server.info("stats").get("unexpected_error_replies", "0"))
 
 
 def count_expired(server: Connection, check: Callable[[], None]) -> int | None:

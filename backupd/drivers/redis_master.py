@@ -73,6 +73,8 @@ class Progress:
     """The place up to which the server says that it is; None before it has loaded the dump."""
     lost: str = ""
     """Why the last link ended."""
+    strayed: bool = False
+    """The server could not execute all of the stream."""
 
 
 class Lost(Exception):

@@ -25,6 +25,7 @@ from backupd.drivers._tarstream import first_file
 from backupd.drivers.rdb import RdbCheck, RdbSummary, checked
 from backupd.drivers.redis import MEMBER, RedisDriver, describe, failing_as, reading_dump
 from backupd.drivers.redis_aof import REPORT, Course, Landing, Replay, bring_back_log, report
+from backupd.drivers.redis_fit import format_of
 from backupd.drivers.redis_home import DATA, reach
 from backupd.drivers.redis_recorder import RedisRecorder
 from backupd.drivers.redis_retained import SETTING, Limits, retained_by
@@ -289,7 +290,7 @@ def _note(capture: Capture, summary: RdbSummary, answer: Answer) -> None:
         capture.warnings.append("the dump has no checksum (rdbchecksum no): damage in it would go unseen")
     database = summary.aux.get("repl-stream-db", "")
     capture.attributes["stream_database"] = int(database) if database.isdigit() else 0
-    capture.attributes["rdb_version"] = summary.version
+    capture.attributes |= format_of(summary)
 
 
 def _said(point: RecoveryPoint, at: datetime | None, landing: Landing) -> bytes:

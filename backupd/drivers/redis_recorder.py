@@ -58,7 +58,7 @@ class Joined:
 def join(connect: Callable[[], Connection], since: LogSpan | None) -> Joined:
     """Exactly where the repository ends, where the server still has what follows; else where the server is now.
 
-    Raises RedisError.
+    Raises RedisError, also for a replica that has not come to where the repository ends: it will.
     """
     gap = ""
     if since is not None:
@@ -71,7 +71,13 @@ def join(connect: Callable[[], Connection], since: LogSpan | None) -> Joined:
                 return Joined(link, epoch, since.end, since.epoch if epoch != since.epoch else "")
         gap = f"the server no longer has what follows {since.end} of {since.epoch}"
     for _ in range(_JOINS):
-        epoch, position = _place(connect)
+        moment, replica = _place(connect)
+        epoch, position = moment.epoch, moment.position
+        if replica and since is not None and epoch == since.epoch and position < since.end:
+            raise RedisError(
+                f"this replica is at {position}, and its log is stored up to {since.end}",
+                hint="it was away, or was restarted with what it had on its disk; it is recorded when it has caught up",
+            )
         link = connect()
         with _closed_unless_kept(link) as keep:
             if link.follow(epoch, position).continues:
@@ -93,9 +99,9 @@ def _closed_unless_kept(link: Connection) -> Iterator[Callable[[], None]]:
             link.close()
 
 
-def _place(connect: Callable[[], Connection]) -> tuple[str, int]:
-    """Where the server is in its history. One that never had a replica keeps none: it is made to by asking for a dump,
-    which is not waited for."""
+def _place(connect: Callable[[], Connection]) -> tuple[Moment, bool]:
+    """Where the server is in its history, and whether that is a replica's. One that never had a replica keeps none: it
+    is made to by asking for a dump, which is not waited for."""
     with connect() as server:
         said = server.info("replication")
         if said.get("repl_backlog_active") != "1":
@@ -103,8 +109,7 @@ def _place(connect: Callable[[], Connection]) -> tuple[str, int]:
                 asking.call("REPLCONF", "capa", "eof")
                 asking.send("PSYNC", "?", "-1")
                 _await_backlog(server)
-        moment = server.moment()
-        return moment.epoch, moment.position
+        return server.moment(), said.get("role") == "slave"
 
 
 def _await_backlog(server: Connection) -> None:
@@ -256,7 +261,7 @@ class _Inflow:
                 behind = (behind or now) if ahead else 0.0
                 if behind and now - behind > _DEAF:
                     raise RedisError("nothing comes over the replication link", hint="is a firewall between?")
-            data = self._link.stream(_ANCHOR_EVERY)
+            data = self._link.stream(max(0.001, anchored + _ANCHOR_EVERY - now))
             now = time.monotonic()
             if data:
                 behind = 0.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from backupd.chain import Need, chains, cover, still_there
 from backupd.errors import Damaged, ObjectMissing
 from backupd.logs.piece import HEAD, Header, decode, decode_frame, decode_header, header_length
-from backupd.model import LogMark, LogSpan
+from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
 
 LOG_FOLDER = "backupd-log"
@@ -27,19 +27,20 @@ _NAPS = (0.05, 0.5)
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
-    """The log of these spans, some MiB at a time, each piece beginning where the one before ended; the last may be
-    empty, with what is known of how long it was the last.
+    """The log of these spans, some MiB at a time, each piece beginning where the one before ended; one may be empty,
+    with what is known of how long nothing followed.
 
     Where compaction has put another object in the place of one, that is read. Raises Damaged for a hole.
     """
     if not spans:
         return
-    first, position, end = spans[0], spans[0].start, spans[-1].end
+    first, position, end = spans[0], spans[0].start, max(span.end for span in spans)
     left, tries = list(spans), 0
     while position < end:
         before = position
         try:
             for span in cover(left, position):
+                yield from _alone(repository, spans, position)
                 for piece, data in read_span(repository, span, position=position):
                     yield piece, data
                     position = piece.end
@@ -53,9 +54,19 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
             if tries <= AGAIN:
                 continue
         raise hole(first, position)
-    for span in spans:  # an anchor alone, at the end of all
-        if span.start == span.end == end and span.anchor is not None:
-            yield replace(span, anchors=(span.anchor,)), b""
+    yield from _alone(repository, spans, end)
+
+
+def _alone(
+    repository: Repository, spans: Iterable[LogSpan], position: int
+) -> Iterator[tuple[LogSpan, bytes]]:
+    """The objects that hold anchors alone, at a position."""
+    for span in spans:
+        if span.start == span.end == position and span.anchor is not None:
+            anchors: tuple[Anchor, ...] = (span.anchor,)
+            with contextlib.suppress(ObjectMissing):  # compaction was faster, and left a newer one
+                anchors = read_header(repository, span).anchors or anchors
+            yield replace(span, anchors=anchors), b""
 
 
 def read_span(

@@ -164,8 +164,10 @@ class LogWriter:
                     return
                 self._set_back(at, self._newest.at)
             self._newest = Anchor(at, position)
-            # Of those that count already only the newest is worth storing.
-            self._pending = [a for a in self._pending if a.position > self._position] + [self._newest]
+            # Of those at one position the first and the last say all: the source stood still between.
+            if [anchor.position for anchor in self._pending[-2:]] == [position, position]:
+                self._pending.pop()
+            self._pending.append(self._newest)
             if position <= self._position and not self._fresh:
                 self._tell(complete=_later(self._recorded.complete, at))
             if self._now() - self._put_at >= self._idle:
@@ -251,13 +253,13 @@ class LogWriter:
             raise
 
     def _put_anchor(self) -> None:
-        """An object without any log, for the newest anchor that counts. None right behind a gap: by its position it
-        would belong to what was before."""
+        """An object without any log, for the anchors that count. None right behind a gap: by its position it would
+        belong to what was before. The first of them is stored with the next piece once more."""
         counting = [anchor for anchor in self._pending if anchor.position <= self._position]
         news = counting and (self._stored is None or counting[-1].at > self._stored.at)
         if news and not self._fresh:
-            self._put(self._position, self._position, b"", (counting[-1],))
-            self._pending = [anchor for anchor in self._pending if anchor not in counting]
+            self._put(self._position, self._position, b"", tuple(counting))
+            self._pending = [anchor for anchor in self._pending if anchor not in counting[1:]]
 
     def _set_back(self, at: datetime, before: datetime) -> None:
         reason = f"the source's clock was set back from {before.isoformat()} to {at.isoformat()}"

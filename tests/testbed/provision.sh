@@ -276,4 +276,5 @@ exec 9>"${TMPDIR:-/tmp}/backupd-provision.lock"
 flock 9 # two provisions at once would start two engines
 ensure_engine
 command -v bsdtar >/dev/null || apt_install libarchive-tools # a second reader of what we write
+ldconfig -p | grep -q libgomp.so.1 || apt_install libgomp1 # for a module of Redis
 for image in "${@:-${default_images[@]}}"; do provide "$image"; done
