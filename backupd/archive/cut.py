@@ -12,8 +12,9 @@ BLOCK_SIZE = 16384
 """Bytes of a blob of a large file, on average: fine enough that scattered updates store a quarter of what 1 MiB
 chunks would."""
 WHOLE = 64 << 10
-"""Bytes: a file of up to so many is one blob. Of a tree's bytes a fifth lie in files between this and 1 MiB: cut, an
-edited one is not stored whole."""
+"""Bytes: a file of up to so many is one blob. A third of a tree's bytes lie in files between this and 1 MiB: cut, an
+edited one is not stored whole, and a tree of which 1 % changed grows by 0.82 of what it did. Half of this gave 0.77
+and more blobs."""
 _LARGEST = 256 << 10  # four times this, the longest content-defined blob, must fit into a frame
 _DOUBLE_AT = 2 << 30
 
@@ -59,24 +60,26 @@ class FileCutter:
         if is_paged(bytes(view[:24])):
             return self._fixed.cut(view, 0, last=True)
         if self._content is None:
-            self._content = ContentCutter()
+            self._content = ContentCutter(part=1)
         return self._content.cut(view, 0, last=True)
 
 
 class ContentCutter:
-    """Blobs whose ends the content chooses."""
+    """Blobs whose ends the content chooses. The shortest is a `part` of the average: before that nothing is looked at,
+    so that 1 is twice as quick as 4 (3.7 GB/s), and edits of the content store a little more."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: int = 4) -> None:
         from pyfastcdc import FastCDC  # 18 ms, and only where large files are
 
         self._make = FastCDC
+        self._part = part
         self._size = 0
 
     def cut(self, view: memoryview, position: int, *, last: bool) -> list[int]:
         size = block_size(position)
         if size != self._size:
             self._size = size
-            self._cdc = self._make(avg_size=size, min_size=size // 4, max_size=size * 4)
+            self._cdc = self._make(avg_size=size, min_size=size // self._part, max_size=size * 4)
         lengths = [int(chunk.length) for chunk in self._cdc.cut_buf(view)]
         if not last and lengths and len(view) > self._size * 4:
             lengths.pop()  # its end is the buffer's, not the content's
