@@ -129,6 +129,10 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime, da
             bed.wait_until(lambda: bool(bed.postgres_version(service)), timeout=30, what="the server again")
             time.sleep(1)
             promote(service)
+            bed.wait_until(
+                lambda: any((home.path / "repo/logs/orders").glob("*-2/*")),
+                timeout=60, what="a log of the second timeline",
+            )  # fmt: skip
             time.sleep(1.5)
             writing.__exit__()
             time.sleep(0.5)  # an anchor behind the last commit

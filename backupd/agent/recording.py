@@ -23,7 +23,7 @@ from backupd.retained import Retained, worry
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-_CALM = 60.0  # seconds after which a failure is a new one
+_CALM = 10.0  # seconds after which a failure is a new one
 _FLUSH = 3.0  # seconds that the last flush may take: docker stop kills ten seconds after the signal
 _LATE = timedelta(minutes=3)  # an idle source's anchor is stored once a minute
 
