@@ -81,7 +81,9 @@ def test_the_ten_minutes_of_the_readme(clean_engine: docker.DockerClient, tmp_pa
     assert said.count("apples") >= 4  # the order, the cart twice, the invoice
     assert "three apples" in said
     assert not [
-        c for c in clean_engine.containers.list(all=True) if (c.name or "").startswith("backupd-monday-")
+        c
+        for c in clean_engine.containers.list(all=True, ignore_removed=True)
+        if (c.name or "").startswith("backupd-monday-")
     ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import docker
 import pytest
+import services as bed
 from commands import Home, InsideHome
 from conftest import StartService
 from hypothesis import given
@@ -123,7 +124,7 @@ def left_of(client: docker.DockerClient, sandbox: DockerSandbox) -> list[object]
     """Everything that still carries the sandbox's label."""
     mine: dict[str, str | list[str] | bool] = {"label": f"backupd.sandbox={sandbox.name}"}
     return [
-        *client.containers.list(all=True, filters=mine),
+        *client.containers.list(all=True, filters=mine, ignore_removed=True),
         *client.networks.list(filters=mine),
         *client.volumes.list(filters=mine),
     ]
@@ -180,16 +181,15 @@ def test_a_restore_that_brought_nothing_back_is_not_called_a_success(
 
 
 def test_a_failed_restore_destroys_what_it_made_and_names_every_failure(
-    repository: Repository, sandbox: DockerSandbox, docker_client: docker.DockerClient
+    repository: Repository, sandbox: DockerSandbox, docker_client: docker.DockerClient, services: bed.Services
 ) -> None:
     """Containers, volumes and network go; nothing else on the engine does."""
-    others = {c.id for c in docker_client.containers.list(all=True)}
+    other = services.container(bed.REDIS_IMAGE, ["sleep", "infinity"], start=False)
     plan = captured(repository, a=Notes(), b=Notes())
     with pytest.raises(RestoreFailed, match="the load broke"):
         restore_to_sandbox(plan, lambda p: Notes(breaks="load"), sandbox, Work(repository, utc_now))
     assert left_of(docker_client, sandbox) == []
-    mine = {c.id for c in docker_client.containers.list(all=True, filters={"label": "backupd.test=1"})}
-    assert {c for c in others if c in mine} <= mine
+    assert docker_client.containers.get(other.name).status == "created"
 
 
 def test_a_failed_restore_leaves_what_it_made_when_told_to(
