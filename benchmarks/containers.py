@@ -63,6 +63,12 @@ def postgres(*settings: str, data: Path | None = None) -> Iterator[str]:
             docker("stop", "--time", "120", name)
 
 
+def address(name: str) -> str:
+    """Where a container is reached on the engine's network."""
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    return docker("inspect", "--format", form, name).decode().strip()
+
+
 def _answers(name: str) -> bool:
     return _succeeds("docker", "exec", name, "pg_isready", "-q", "-h", "127.0.0.1", "-U", "postgres")
 

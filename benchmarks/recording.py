@@ -1,12 +1,12 @@
-"""What continuous recording costs a PostgreSQL server, and how far what is stored lies behind: pgbench with and without
-the agent, in turns."""
+"""What continuous recording costs a PostgreSQL server, and how far what is stored lies behind: pgbench alone, beside
+PostgreSQL's own receiver of a log, and beside the agent, in turns."""
 
 from __future__ import annotations
 
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,10 +17,11 @@ from backupd.logs.read import read_header
 from backupd.repository import Repository, log_key
 from backupd.stores import LocalStore
 from benchmarks.agent import Agent, processor_seconds
-from benchmarks.containers import docker, postgres, sql
+from benchmarks.containers import POSTGRES_IMAGE, address, container, docker, postgres, sql, wait_for
 from benchmarks.measure import ToolFailed
 from benchmarks.report import layout
 
+KINDS = ("alone", "receiver", "agent")
 _COMPACTED = 17  # minute of the hour at which serve puts the log together: its small objects are gone then
 _LET_IN = "echo 'host replication all all trust' >> $PGDATA/pg_hba.conf"
 
@@ -45,7 +46,7 @@ def bench_recording(
 ) -> dict[str, object]:
     """Medians of both, their ratio, and the lag."""
     work.mkdir(parents=True)
-    turns: dict[str, list[Turn]] = {"without": [], "with": []}
+    turns: dict[str, list[Turn]] = {kind: [] for kind in KINDS}
     with postgres("max_wal_size=4GB") as name:
         docker("exec", name, "sh", "-c", _LET_IN)
         sql(name, "SELECT pg_reload_conf();")
@@ -55,9 +56,13 @@ def bench_recording(
         with home.serving():
             pass  # the first base is not measured
         for number in range(rounds):
-            for kind in ("without", "with") if number % 2 == 0 else ("with", "without"):
+            for kind in KINDS if number % 2 == 0 else reversed(KINDS):
                 _keep_clear(seconds)
-                turn = _without(name, clients, seconds) if kind == "without" else home.turn(clients, seconds)
+                if kind == "agent":
+                    turn = home.turn(clients, seconds)
+                else:
+                    with _receiver(name) if kind == "receiver" else nullcontext():
+                        turn = _pgbench(name, clients, seconds)
                 turns[kind].append(turn)
                 say(f"  {kind:8} {turn.per_second:8.0f} a second, p99 {turn.latency_p99:.1f} ms")
     return _tell(turns, seconds)
@@ -66,7 +71,7 @@ def bench_recording(
 # --- a turn --------------------------------------------------------------------------------------------------
 
 
-def _without(name: str, clients: int, seconds: int) -> Turn:
+def _pgbench(name: str, clients: int, seconds: int) -> Turn:
     argv = ["pgbench", "-U", "postgres", "-n", "-c", str(clients), "-j", "2", "-T", str(seconds)]
     script = f"cd /tmp && rm -f turn.* && {' '.join(argv)} -l --log-prefix=turn postgres && cat turn.* >&2"
     done = subprocess.run(
@@ -81,6 +86,16 @@ def _without(name: str, clients: int, seconds: int) -> Turn:
     return Turn(
         float(told["tps"].split()[0]), float(told["latency average"].split()[0]), _share(latencies, 99)
     )
+
+
+@contextmanager
+def _receiver(name: str) -> Iterator[None]:
+    """The least that any recorder costs: it writes what comes into files, and flushes and compresses nothing."""
+    argv = ["pg_receivewal", "-h", address(name), "-U", "postgres", "-D", "/tmp", "--no-sync"]
+    with container(POSTGRES_IMAGE, *argv):
+        ask = "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'pg_receivewal'"
+        wait_for(lambda: docker("exec", name, "psql", "-qXAtU", "postgres", "-c", ask).strip() == b"1", "it")
+        yield
 
 
 def _keep_clear(seconds: int) -> None:
@@ -108,10 +123,10 @@ class _Home:
         return lost is not None and lost < 2
 
     def turn(self, clients: int, seconds: int) -> Turn:
-        """As without it, recorded meanwhile."""
+        """One of pgbench, recorded meanwhile."""
         with self.serving() as pid:
             begun, before = time.time(), processor_seconds(pid)
-            turn = _without(self._name, clients, seconds)
+            turn = _pgbench(self._name, clients, seconds)
             taken, spent = time.time() - begun, processor_seconds(pid) - before
             time.sleep(2)  # the last anchors become durable
         lags = tuple(self._lags(begun, begun + taken))
@@ -141,14 +156,19 @@ def _tell(turns: dict[str, list[Turn]], seconds: int) -> dict[str, object]:
         }
         for kind, found in turns.items()
     }
-    ratio = {what: value / middle["without"][what] for what, value in middle["with"].items()}
-    rows = [["recording", "without", "with", "ratio"]]
+    alone = middle["alone"]
+    ratio = {kind: {what: value / alone[what] for what, value in middle[kind].items()} for kind in KINDS[1:]}
+    rows = [["recording", *KINDS, *(f"{kind} / alone" for kind in ratio)]]
     rows += [
-        [what, f"{value:.2f}", f"{middle['with'][what]:.2f}", f"{ratio[what]:.3f}"]
-        for what, value in middle["without"].items()
+        [
+            what,
+            *(f"{middle[kind][what]:.2f}" for kind in KINDS),
+            *(f"{each[what]:.3f}" for each in ratio.values()),
+        ]
+        for what in alone
     ]
-    lag = _lag([turn.lags for turn in turns["with"]])
-    agent = median(turn.agent for turn in turns["with"])
+    lag = _lag([turn.lags for turn in turns["agent"]])
+    agent = median(turn.agent for turn in turns["agent"])
     print(f"\n{layout(rows)}\n")
     print(f"medians of {len(turns['with'])} turns of {seconds} s each; the agent took {agent:.3f} processors")
     print("anchor to durable, s: " + ", ".join(f"{what} {value:.3f}" for what, value in lag.items()) + "\n")

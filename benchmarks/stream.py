@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 from benchmarks.agent import Agent, memory_anew, most_resident, processor_seconds
-from benchmarks.containers import docker, redis, wait_for
+from benchmarks.containers import address, docker, redis, wait_for
 from benchmarks.report import layout
 
 _COMMANDS = "set,incr,lpush,sadd,hset,zadd"
@@ -102,7 +102,7 @@ def _turn(name: str, load: Load, beside: _Beside) -> _Turn:
 
 @contextmanager
 def _reader(name: str) -> Iterator[_Beside]:
-    argv = [sys.executable, "-m", "benchmarks.discard", _address(name), "6379"]
+    argv = [sys.executable, "-m", "benchmarks.discard", address(name), "6379"]
     process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
     try:
         wait_for(lambda: _online(name), "the reader")
@@ -114,7 +114,7 @@ def _reader(name: str) -> Iterator[_Beside]:
 
 @contextmanager
 def _replica(name: str) -> Iterator[_Beside]:
-    with redis("--replicaof", _address(name), "6379") as copy:
+    with redis("--replicaof", address(name), "6379") as copy:
         wait_for(lambda: _online(name), "the replica")
         yield _Beside(lambda: _processor_of(copy))
 
@@ -126,11 +126,6 @@ def _agent(work: Path, name: str) -> Iterator[_Beside]:
     with Agent(home, "sessions", f'driver = "redis"\ncontainer = "{name}"').serving() as pid:
         wait_for(lambda: _online(name), "the agent")
         yield _Beside(lambda: processor_seconds(pid), pid)
-
-
-def _address(name: str) -> str:
-    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
-    return docker("inspect", "--format", form, name).decode().strip()
 
 
 def _info(name: str, section: str) -> dict[str, str]:

@@ -120,11 +120,14 @@ def test_a_store_is_judged_by_the_line_to_it(disk: Path) -> None:
     assert told["goals"][0]["peer"] == "the line"
 
 
-def test_recording_is_measured_in_turns_with_and_without(disk: Path) -> None:
+def test_recording_is_measured_in_turns_alone_and_beside_another_receiver(disk: Path) -> None:
     told = small(disk, "recording")["recording"]
-    assert told["ratio"]["transactions a second"] > 0
+    assert {kind: each["transactions a second"] > 0 for kind, each in told["ratio"].items()} == {
+        "receiver": True,
+        "agent": True,
+    }
     assert 0 < told["lag"]["median"] <= told["lag"]["p95"] <= told["lag"]["max"]
-    assert len(told["all"]["with"]) == len(told["all"]["without"]) == 1
+    assert {kind: len(turns) for kind, turns in told["all"].items()} == dict.fromkeys(told["medians"], 1)
 
 
 def test_a_stream_is_measured_in_turns_beside_others_that_receive_it(disk: Path) -> None:
