@@ -12,7 +12,8 @@ from backupd.live import LiveDriver, Way
 from backupd.logs import read_logs
 from backupd.model import Driver, LogSpan
 from backupd.plan import RestorePlan, landed_early
-from backupd.restore import Restored, RestoreReport, Told, Work, compare, flatten, open_step
+from backupd.restore import Restored, RestoreReport, Work, compare, flatten, open_step
+from backupd.told import Told
 
 
 def restore_in_place(
@@ -42,7 +43,7 @@ def restore_in_place(
         if safety is None:
             progress.stage("keeping what it holds")
             safety = _kept(step.source, driver, keep)
-        told = Told(archive, progress, work)
+        told = Told(archive, progress, work.check)
 
         def logs() -> Iterator[tuple[LogSpan, bytes]]:
             return told.count_log(read_logs(work.repository, step.logs))

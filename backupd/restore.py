@@ -32,8 +32,6 @@ from backupd.model import (
     Driver,
     Facts,
     Json,
-    LogSpan,
-    Member,
     Progress,
     RecordingDriver,
     RecoveryPoint,
@@ -42,6 +40,7 @@ from backupd.model import (
 )
 from backupd.plan import RestorePlan, Step, landed_early
 from backupd.repository import Repository
+from backupd.told import Heeding, Told
 from backupd.waiting import Ready, start
 
 T = TypeVar("T")
@@ -209,7 +208,7 @@ def _load(
     if spec.load_while == "running":
         start(container, spec, driver, ready, progress, work.check)
     progress.stage("loading")
-    told = Told(archive, progress, work)
+    told = Told(archive, progress, work.check)
     if need_of(step.point) is None:
         driver.load(told, container)
     else:
@@ -286,7 +285,7 @@ def _into_directory(step: Step, into: Path, work: Work) -> Restored:
         ) from None
     try:
         progress.stage("writing files")
-        told = Told(archive, progress, work)
+        told = Told(archive, progress, work.check)
         warnings = told.extract(partial)
         if step.logs:
             progress.stage("writing the log")
@@ -376,7 +375,7 @@ def open_step(step: Step, work: Work, progress: Progress) -> Archive:
     if step.logs:
         progress.stage("checking the log")
         check_logs(work.repository, step.logs, content=True, stop=work.check)
-    return open_archive(work.repository, step.point)
+    return open_archive(work.repository, step.point, progress=Heeding(progress, work.check))
 
 
 def _each(plan: RestorePlan, one: Callable[[Step], Restored], work: Work) -> tuple[Restored, ...]:
@@ -421,46 +420,6 @@ def _raise(failures: Mapping[str, BaseException]) -> None:
         raise RestoreFailed(
             "; ".join(f"{source}: {error}" for source, error in first.items()), hint="; ".join(sorted(hints))
         )
-
-
-class Told:
-    """An archive that tells how far it was read, and stops when told to."""
-
-    def __init__(self, archive: Archive, progress: Progress, work: Work) -> None:
-        self._archive, self._progress, self._work = archive, progress, work
-        self.warnings: list[str] = []
-
-    @property
-    def point(self) -> RecoveryPoint:
-        return self._archive.point
-
-    def members(self) -> Iterator[Member]:
-        return self._archive.members()
-
-    def read(self, name: str) -> Iterator[bytes]:
-        return self._count(self._archive.read(name))
-
-    def tar(
-        self, change: Callable[[Member], Member | None] | None = None, *, end: bool = True
-    ) -> Iterator[Bytes]:
-        return self._count(self._archive.tar(change, end=end))
-
-    def extract(self, into: Path) -> list[str]:
-        self.warnings += self._archive.extract(into)
-        self._progress.advance(self.point.size, self.point.members)
-        return self.warnings
-
-    def count_log(self, pieces: Iterator[tuple[LogSpan, bytes]]) -> Iterator[tuple[LogSpan, bytes]]:
-        for piece in pieces:
-            self._work.check()
-            self._progress.advance(len(piece[1]))
-            yield piece
-
-    def _count(self, chunks: Iterator[B]) -> Iterator[B]:
-        for chunk in chunks:
-            self._work.check()
-            self._progress.advance(len(chunk))
-            yield chunk
 
 
 # --- facts -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -23,8 +24,10 @@ from backupd.drivers import postgres_physical
 from backupd.drivers.postgres_client import InContainer
 from backupd.drivers.postgres_pace import BEHIND
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
+from backupd.drivers.postgres_place import lay_base
+from backupd.drivers.postgres_recovery import Home as DataHome
 from backupd.drivers.postgres_replication import Server, ServerRefused, position_text
-from backupd.errors import CaptureFailed, RestoreFailed
+from backupd.errors import CaptureFailed, Damaged, RestoreFailed
 from backupd.model import Anchor, Archive, Container, LogSpan, RecoveryPoint, Silence
 from backupd.repository import Repository
 from backupd.sandbox.docker import DockerSandbox, Engine
@@ -264,9 +267,18 @@ def test_a_restore_to_an_instant_holds_exactly_what_was_committed_by_then(
         restore(driver, held, log, held.point.instant - timedelta(milliseconds=1))
 
 
-def test_a_cluster_comes_back_whole(start_server: Start, restore: Callable[..., Container]) -> None:
+@pytest.mark.parametrize("way", ["into its volume", "through the engine"])
+def test_a_cluster_comes_back_whole(
+    way: str, start_server: Start, restore: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its tablespace, its configuration and its passwords; every page and index is sound; the sandbox's server
     archives nothing, and the copy is writable, on a timeline of its own."""
+    if way == "through the engine":
+        monkeypatch.setattr(postgres_physical, "reached", lambda *_: None)
+    else:
+        monkeypatch.setattr(
+            postgres_physical, "data_tar", lambda *_: pytest.fail("its volume was not reached")
+        )
     service = start_server(
         "archive_mode=on", "archive_command=touch /tmp/archived", "max_prepared_transactions=4"
     )
@@ -308,6 +320,17 @@ def test_a_cluster_comes_back_whole(start_server: Start, restore: Callable[..., 
     assert b"".join(container.exec(client, env={"PGPASSWORD": service.password})) == b"1\n"
     with pytest.raises(RestoreFailed, match="already holds data"):
         driver.load_to(held, log.read(held.point), None, container)
+
+
+def test_a_base_that_cannot_be_laid_leaves_nothing(tmp_path: Path) -> None:
+    class Torn:
+        def extract(self, into: Path) -> list[str]:
+            (into / "base").mkdir(parents=True)
+            raise Damaged("content is not what was written")
+
+    with pytest.raises(Damaged):
+        lay_base(Torn(), DataHome("/pg", "/pg", 999, 999), {}, tmp_path)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_restore_goes_to_a_name_a_transaction_or_a_position(

@@ -32,13 +32,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from backupd.drivers._tarstream import END, IteratorFile
+from backupd.drivers._tarstream import IteratorFile
 from backupd.drivers.postgres_base import PAGE_SIZE, PAGED, one_tar
 from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
 from backupd.drivers.postgres_logical import PostgresLogical
+from backupd.drivers.postgres_place import lay_base, reached
 from backupd.drivers.postgres_recorder import (
     ANCHOR,
     SLOT,
@@ -50,16 +52,14 @@ from backupd.drivers.postgres_recorder import (
 )
 from backupd.drivers.postgres_recovery import (
     STARTING,
-    Home,
     Replayed,
     Target,
+    closing_tar,
     data_tar,
     find_home,
     held_in,
-    last_files,
     read_report,
     replaying,
-    wal_files,
 )
 from backupd.drivers.postgres_replication import (
     MANIFEST,
@@ -273,7 +273,14 @@ class PostgresPhysical:
             wanted = _target(at, target)
             wanted.refuse(point)
             home = find_home(container)
-            container.write(home.root, _cluster(archive, logs, home, wanted, Replayed(at), container.kernel))
+            held, replayed = held_in(archive), Replayed(at)
+            base: Iterator[Bytes] = iter(())
+            if place := reached(container, home):
+                lay_base(archive, home, held, place)
+            else:
+                base = data_tar(archive, home, held)
+            rest = closing_tar(point, logs, home, held, wanted, replayed, container.kernel)
+            container.write(home.root, chain(base, rest))
 
     def starting(self, container: Container) -> str:
         """How much of the log a restored server has replayed; empty before and after."""
@@ -466,23 +473,6 @@ def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...
 def _ask(sql: Connection[tuple[Any, ...]], question: str) -> dict[str, Any]:
     row = sql.execute(question).fetchone()
     return dict(row[0]) if row else {}
-
-
-def _cluster(
-    archive: Archive,
-    logs: Iterator[tuple[LogSpan, bytes]],
-    home: Home,
-    wanted: Target,
-    replayed: Replayed,
-    kernel: tuple[int, ...],
-) -> Iterator[Bytes]:
-    """One tar, as each costs the engine a program of its own. What makes it a cluster comes last: where anything fails
-    before, the engine never sees it."""
-    held = held_in(archive)
-    yield from data_tar(archive, home, held)
-    yield from home.files(wal_files(logs, archive.point, replayed), below=f"{home.inside}pg_wal/")
-    yield from home.files(last_files(archive.point, home, held, wanted, replayed, kernel), below=home.inside)
-    yield END
 
 
 def _target(at: datetime | None, target: Mapping[str, str]) -> Target:

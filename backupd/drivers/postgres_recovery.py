@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
-from backupd.drivers._tarstream import entry, first_file, open_tar, padding
+from backupd.drivers._tarstream import END, entry, first_file, open_tar, padding
 from backupd.drivers.postgres_base import TABLESPACES
 from backupd.drivers.postgres_replication import position_of, position_text
 from backupd.drivers.postgres_sql import number
@@ -33,14 +33,12 @@ from backupd.model import Archive, Bytes, Container, Json, LogSpan, Member, Reco
 REPORT = "backupd_recovery.json"
 """What was asked of the recovery, in the restored data directory."""
 _HBA = "backupd_hba.conf"
-_SPACES = "backupd_tablespaces"
+SPACES = "backupd_tablespaces"
 _AUTO = "postgresql.auto.conf"
-_MAP = "tablespace_map"
+MAP = "tablespace_map"
 _VERSION = "PG_VERSION"
 _CONF = "postgresql.conf"
-_ANEW = frozenset(
-    {_VERSION, _AUTO, _MAP, REPORT, _HBA, "recovery.signal", "standby.signal", "postmaster.pid"}
-)
+ANEW = frozenset({_VERSION, _AUTO, MAP, REPORT, _HBA, "recovery.signal", "standby.signal", "postmaster.pid"})
 """Files of a base that do not come back as they were."""
 _ROOTS = ("/var/lib/postgresql/data", "/var/lib/postgresql")
 """Directories that the official images have before the first start."""
@@ -269,7 +267,7 @@ def held_in(archive: Archive) -> dict[str, str]:
     there = {member.name for member in archive.members()}
     held = {
         name: b"".join(archive.read(name)).decode(errors="surrogateescape")
-        for name in (_VERSION, _AUTO, _MAP)
+        for name in (_VERSION, _AUTO, MAP)
         if name in there
     }
     return held | ({_CONF: ""} if _CONF in there else {})
@@ -284,9 +282,9 @@ def data_tar(archive: Archive, home: Home, held: Mapping[str, str]) -> Iterator[
         yield home.entry(path, mode=0o700)
     for folder in _space_folders(archive.members()):
         yield home.entry(f"{home.inside}{folder}/", mode=0o700)
-    if _MAP in held:
-        text = _moved(held[_MAP], home.data).encode()
-        yield home.entry(home.inside + _MAP, size=len(text)) + text + padding(len(text))
+    if MAP in held:
+        text = moved_map(held[MAP], home.data).encode()
+        yield home.entry(home.inside + MAP, size=len(text)) + text + padding(len(text))
     yield from archive.tar(lambda member: _placed(member, home), end=False)
 
 
@@ -294,22 +292,22 @@ def _space_folders(members: Iterable[Member]) -> list[str]:
     oids = dict.fromkeys(
         member.name.split("/")[1] for member in members if member.name.startswith(f"{TABLESPACES}/")
     )
-    return [_SPACES, *(f"{_SPACES}/{oid}" for oid in oids)] if oids else []
+    return [SPACES, *(f"{SPACES}/{oid}" for oid in oids)] if oids else []
 
 
-def _moved(text: str, data: str) -> str:
+def moved_map(text: str, data: str) -> str:
     """A tablespace map whose tablespaces lie within the data directory: the server makes the links from it."""
     oids = [line.split(" ", 1)[0] for line in text.splitlines() if line.strip()]
-    return "".join(f"{oid} {data}/{_SPACES}/{oid}\n" for oid in oids)
+    return "".join(f"{oid} {data}/{SPACES}/{oid}\n" for oid in oids)
 
 
 def _placed(member: Member, home: Home) -> Member | None:
     """None for what is left out or written anew."""
     name = member.name
-    if name in _ANEW:
+    if name in ANEW:
         return None
     if name.startswith(f"{TABLESPACES}/"):
-        name = _SPACES + name.removeprefix(TABLESPACES)
+        name = SPACES + name.removeprefix(TABLESPACES)
     return member._replace(name=home.inside + name, uid=home.uid, gid=home.gid)
 
 
@@ -344,6 +342,22 @@ def last_files(
         _VERSION: held[_VERSION],
     }
     return [(name, text.encode(errors="surrogateescape")) for name, text in files.items()]
+
+
+def closing_tar(
+    point: RecoveryPoint,
+    logs: Iterable[tuple[LogSpan, bytes]],
+    home: Home,
+    held: Mapping[str, str],
+    wanted: Target,
+    replayed: Replayed,
+    kernel: tuple[int, ...],
+) -> Iterator[Bytes]:
+    """The log, and what makes it a cluster, in the same tar as the base, where that comes in one, as each costs the
+    engine a program of its own: where anything fails before, the engine never sees it."""
+    yield from home.files(wal_files(logs, point, replayed), below=f"{home.inside}pg_wal/")
+    yield from home.files(last_files(point, home, held, wanted, replayed, kernel), below=home.inside)
+    yield END
 
 
 def syncing(major: int, kernel: tuple[int, ...]) -> dict[str, str]:
