@@ -170,7 +170,9 @@ def _tell(turns: dict[str, list[Turn]], seconds: int) -> dict[str, object]:
     lag = _lag([turn.lags for turn in turns["agent"]])
     agent = median(turn.agent for turn in turns["agent"])
     print(f"\n{layout(rows)}\n")
-    print(f"medians of {len(turns['with'])} turns of {seconds} s each; the agent took {agent:.3f} processors")
+    print(
+        f"medians of {len(turns['agent'])} turns of {seconds} s each; the agent took {agent:.3f} processors"
+    )
     print("anchor to durable, s: " + ", ".join(f"{what} {value:.3f}" for what, value in lag.items()) + "\n")
     return {
         "medians": middle,

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from psycopg import Connection
     from psycopg.pq.abc import PGresult
 
+_LITTLE = 1 << 15
+"""Bytes. Where less came, more is let come for a moment: a server sends at each commit, some thousand times a second,
+and each time that we wake takes the processor from it."""
+_NAP = 0.02
+"""Seconds; what comes meanwhile lies in the kernel's buffers."""
 MANIFEST = "backup_manifest"
 BASE = ""
 """The part of a base backup that is the data directory itself; others are named by their tablespace's OID."""
@@ -174,6 +179,7 @@ class Replication:
         self.tail: list[list[str]] = []
         """The rows that came last where a COPY could have come."""
         self._flushed = 0
+        self._came = 0  # bytes of the log since the last look at the socket
 
     def __enter__(self) -> Replication:
         return self
@@ -298,6 +304,7 @@ class Replication:
                             f"{position_text(self.received)} on"
                         )
                     self.received += size - 25
+                    self._came += size
                     return data[25:]
                 if kind == b"k" and data[17]:
                     self.report(self._flushed)
@@ -307,6 +314,9 @@ class Replication:
             if (left := deadline - time.monotonic()) <= 0:
                 return memoryview(b"")
             if self._wait(left):
+                if self._came < _LITTLE:
+                    time.sleep(_NAP)
+                self._came = 0
                 self._pg.consume_input()
 
     def report(self, flushed: int) -> None:
