@@ -323,8 +323,9 @@ class Container(Protocol):
     def kernel(self) -> tuple[int, ...]:
         """The version of the Linux it runs on; empty where the engine does not tell."""
 
-    def mount(self, destination: str) -> Path | None:
-        """The host directory behind a mount at `destination`, when this process can reach it."""
+    def mount(self, destination: str, *, whole: bool = False) -> Path | None:
+        """The host directory behind a mount at `destination`, when this process can reach it; `whole`: and sees there
+        all that the container does."""
 
     def exec(
         self,

@@ -340,6 +340,8 @@ def test_a_restored_server_that_is_put_in_place_is_a_branch_of_its_own(
         put(again, 5)
         base = protected.base(driver)
         put(again, 6)
+        last = now()
+        until(lambda: (reach := state().reach) and reach > last, "an anchor behind all of it")
     assert base.attributes["timeline"] == 2
     logs = chains(*protected.repository.logs("orders"))
     window = windows(protected.repository.points(), logs)["orders"]

@@ -232,6 +232,8 @@ def test_a_mount_is_found_behind_its_destination(services: bed.Services, tmp_pat
     of_volume = ENGINE.volume_path(volume)
     assert of_volume is not None
     assert container.mount("/srv") == of_volume
+    assert container.mount("/srv", whole=True) is None  # another lies below
+    assert container.mount("/srv/bound", whole=True) == tmp_path
     assert container.mount("/srv/sub/") == of_volume / "sub"
     assert container.mount("/srv/bound") == tmp_path
     assert container.mount("/srv/bound/inner") == tmp_path / "inner"

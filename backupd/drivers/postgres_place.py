@@ -25,7 +25,7 @@ def reached(container: Container, home: Home) -> Path | None:
     than the container sees (userns-remap): then no file could be given to the server."""
     if os.geteuid() != 0:
         return None
-    place = container.mount(home.root)
+    place = container.mount(home.root, whole=True)
     return place if place is not None and place.stat().st_uid in (0, home.uid) else None
 
 

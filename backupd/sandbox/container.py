@@ -203,18 +203,18 @@ class DockerContainer:
         with asking(f"write {path} of the container {self.name}"):
             self._engine.api.put_archive(self.id, path, in_blocks(tar))
 
-    def mount(self, destination: str) -> Path | None:
+    def mount(self, destination: str, *, whole: bool = False) -> Path | None:
         """The host directory behind `destination`, when this process can reach it.
 
         An agent in a container of its own sees other paths than the engine's host: a path that exists here is
-        believed only when it has the mode and the nanosecond mtime that the engine tells of the container's. None too
-        where something else is mounted below: the directory here is not what the container sees.
+        believed only when it has the mode and the nanosecond mtime that the engine tells of the container's. `whole`:
+        None, too, where something else is mounted below, as there the container sees another tree.
         """
         wanted = PurePosixPath(destination)
         mounts = describe(self.inspect()).mounts
         around = [m for m in mounts if m.source and wanted.is_relative_to(m.destination)]
         below = [m for m in mounts if wanted in PurePosixPath(m.destination).parents]
-        if not around or below or not self._engine.is_local:
+        if not around or (whole and below) or not self._engine.is_local:
             return None
         innermost = max(around, key=lambda mount: len(PurePosixPath(mount.destination).parts))
         path = Path(innermost.source) / wanted.relative_to(innermost.destination)
