@@ -103,6 +103,7 @@ class InsideHome(Home):
         try:
             with (
                 mock.patch.dict(os.environ, self.environment(), clear=True),
+                mock.patch.multiple("backupd.log", _secrets=set(), _pattern=None),  # of other tests
                 contextlib.chdir(self.path),
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -46,12 +47,14 @@ def nothing_left() -> Iterator[None]:
 
 def running() -> list[str]:
     """Processes of ours that still write."""
-    children = [
-        Path("/proc", child, "cmdline").read_text()
-        for task in Path("/proc/self/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-    return [command for command in children if "extract_frame" in command]
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # a thread, or a child, that just ended
+            children = (task / "children").read_text().split()
+            found += [Path("/proc", child, "cmdline").read_text() for child in children]
+    return [command for command in found if "extract_frame" in command]
 
 
 @pytest.fixture
