@@ -114,3 +114,21 @@ class InsideHome(Home):
                 signal.signal(number, handler)
         text = raw.getvalue().decode(errors="surrogateescape")
         return Ended(code, text, raw_err.getvalue().decode(errors="surrogateescape"), raw.getvalue())
+
+
+def recording_config(source: str, driver: str, url: str) -> str:
+    """Of an agent that records one server; the port that it listens at is still to be filled in, as `{free}`."""
+    return f"""
+[repository]
+location = "repo"
+[sources.{source}]
+driver = "{driver}"
+url = "{url}"
+mode = "pitr"
+schedule = "0 2 * * *"
+log_interval = "300ms"
+[serve]
+listen = "127.0.0.1:{{free}}"
+prune_schedule = "never"
+verify_schedule = "never"
+"""

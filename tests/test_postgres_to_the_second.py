@@ -13,26 +13,13 @@ from pathlib import Path
 
 import pytest
 import services as bed
-from commands import Home, InsideHome
+from commands import Home, InsideHome, recording_config
 from test_postgres_physical import connect, prepare
 
 from backupd.drivers.postgres_client import InContainer
 from backupd.sandbox.docker import Engine
 
-CONFIG = """
-[repository]
-location = "repo"
-[sources.orders]
-driver = "postgres"
-url = "postgresql://backup:secret@{host}:{port}/postgres"
-mode = "pitr"
-schedule = "0 2 * * *"
-log_interval = "300ms"
-[serve]
-listen = "127.0.0.1:{free}"
-prune_schedule = "never"
-verify_schedule = "never"
-"""
+CONFIG = recording_config("orders", "postgres", "postgresql://backup:secret@{host}:{port}/postgres")
 
 
 @contextlib.contextmanager

@@ -12,25 +12,12 @@ from typing import Any
 
 import redis as redis_py
 import services as bed
-from commands import Home
+from commands import Home, recording_config
 from test_postgres_to_the_second import bars, serving, window_end
 
 from backupd.sandbox.docker import Engine
 
-CONFIG = """
-[repository]
-location = "repo"
-[sources.cart]
-driver = "redis"
-url = "redis://backupd:secret@{host}:{port}"
-mode = "pitr"
-schedule = "0 2 * * *"
-log_interval = "300ms"
-[serve]
-listen = "127.0.0.1:{free}"
-prune_schedule = "never"
-verify_schedule = "never"
-"""
+CONFIG = recording_config("cart", "redis", "redis://backupd:secret@{host}:{port}")
 RIGHTS = ["-@all", "+ping", "+time", "+info", "+config|get", "+psync", "+replconf", "+multi", "+exec"]
 STAMP = """
 local now = redis.call('TIME')

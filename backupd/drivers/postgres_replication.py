@@ -14,17 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from backupd.drivers._napping import let_more_come
 from backupd.errors import CommandFailed, UsageError
 
 if TYPE_CHECKING:
     from psycopg import Connection
     from psycopg.pq.abc import PGresult
 
-_LITTLE = 1 << 15
-"""Bytes. Where less came, more is let come for a moment: a server sends at each commit, some thousand times a second,
-and each time that we wake takes the processor from it."""
-_NAP = 0.02
-"""Seconds; what comes meanwhile lies in the kernel's buffers."""
 MANIFEST = "backup_manifest"
 BASE = ""
 """The part of a base backup that is the data directory itself; others are named by their tablespace's OID."""
@@ -314,8 +310,7 @@ class Replication:
             if (left := deadline - time.monotonic()) <= 0:
                 return memoryview(b"")
             if self._wait(left):
-                if self._came < _LITTLE:
-                    time.sleep(_NAP)
+                let_more_come(self._came)
                 self._came = 0
                 self._pg.consume_input()
 

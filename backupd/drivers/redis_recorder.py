@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from backupd.drivers._napping import let_more_come
 from backupd.drivers.redis_retained import Held
 from backupd.drivers.redis_stream import Moment
 from backupd.drivers.redis_wire import Connection, RedisError
@@ -32,11 +33,6 @@ BOUND = 64 << 20
 _ANCHOR_EVERY = 0.1  # seconds: how exactly an instant can be met
 _ACK_EVERY = 1.0  # as replicas do; a server gives up one that is silent for a minute (repl-timeout)
 _DEAF = 30.0  # seconds without a byte while the server moves on
-_LITTLE = 1 << 15
-"""Bytes. Where less came, more is let come for a moment: to wake for each of the server's turns, some thousand a second
-of a few kB, costs more than all else done here."""
-_NAP = 0.02
-"""Seconds. What comes meanwhile lies in the kernel's buffers; of 100 MB/s two may lie in the server's."""
 _ANCHORS = 20_000  # that may wait; then every other one goes
 _JOINS = 5  # tries to join a stream that runs away
 _LOOKS = 50  # a tenth of a second apart
@@ -273,8 +269,8 @@ class _Inflow:
                 # What is stored, not what came: so the server's own figures tell how far the backup is.
                 self._link.send("REPLCONF", "ACK", str(self.stored))
                 acknowledged = now
-            if 0 < len(data) < _LITTLE:
-                time.sleep(_NAP)
+            if data:
+                let_more_come(len(data))
 
     def _anchor(self) -> bool:
         """Whether the server is ahead of what came."""
