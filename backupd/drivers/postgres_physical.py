@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from backupd.drivers._tarstream import IteratorFile
@@ -40,7 +39,7 @@ from backupd.drivers.postgres_base import PAGE_SIZE, PAGED, one_tar
 from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
 from backupd.drivers.postgres_logical import PostgresLogical
-from backupd.drivers.postgres_place import lay_base, reached
+from backupd.drivers.postgres_place import lay_base, lay_files, reached
 from backupd.drivers.postgres_recorder import (
     ANCHOR,
     SLOT,
@@ -54,12 +53,12 @@ from backupd.drivers.postgres_recovery import (
     STARTING,
     Replayed,
     Target,
-    closing_tar,
-    data_tar,
+    closing_files,
     find_home,
     held_in,
     read_report,
     replaying,
+    whole_tar,
 )
 from backupd.drivers.postgres_replication import (
     MANIFEST,
@@ -274,13 +273,12 @@ class PostgresPhysical:
             wanted.refuse(point)
             home = find_home(container)
             held, replayed = held_in(archive), Replayed(at)
-            base: Iterator[Bytes] = iter(())
+            closing = closing_files(point, logs, home, held, wanted, replayed, container.kernel)
             if place := reached(container, home):
                 lay_base(archive, home, held, place)
+                lay_files(closing, home, place)
             else:
-                base = data_tar(archive, home, held)
-            rest = closing_tar(point, logs, home, held, wanted, replayed, container.kernel)
-            container.write(home.root, chain(base, rest))
+                container.write(home.root, whole_tar(archive, home, held, closing))
 
     def starting(self, container: Container) -> str:
         """How much of the log a restored server has replayed; empty before and after."""

@@ -1,15 +1,16 @@
-"""A base laid straight into a server's volume, where this process reaches it: through the engine it takes twice the
-processor time, as every byte goes over a socket and through an untar of its own.
+"""A base and its log laid straight into a server's volume, where this process reaches it: through the engine they take
+twice the processor time, as every byte goes over a socket and through an untar of its own.
 
-Until all of it is there it lies in a directory of its own. `PG_VERSION` is not laid at all, as it makes a directory a
-cluster: it comes with the last files.
+Until all of the base is there it lies in a directory of its own. `PG_VERSION` is not laid with it, as it makes a
+directory a cluster: it comes with the last files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from backupd.drivers.postgres_base import TABLESPACES
@@ -48,6 +49,47 @@ def lay_base(archive: Archive, home: Home, held: Mapping[str, str], place: Path)
         ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def lay_files(files: Iterable[tuple[str, bytes | bytearray]], home: Home, place: Path) -> None:
+    """What follows on a base, by its path in the data directory, in their order. A symlink in the base leads none of
+    them anywhere. Raises RestoreFailed, and what `files` raises; then there is no PG_VERSION."""
+    data = place / home.inside
+    folders: dict[str, int] = {}
+    try:
+        for path, content in files:
+            folder, _, name = path.rpartition("/")
+            if folder not in folders:
+                folders[folder] = _folder(data / folder, home)
+            _lay(folders[folder], name, content, home)
+    except OSError as error:
+        raise RestoreFailed(
+            f"the log could not be laid into {place}: {error.strerror}",
+            hint="mend the cause, and restore again",
+        ) from None
+    finally:
+        for handle in folders.values():
+            os.close(handle)
+
+
+def _folder(path: Path, home: Home) -> int:
+    if not path.is_symlink() and not path.exists():
+        path.mkdir(mode=0o700)
+        os.chown(path, home.uid, home.gid)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _lay(folder: int, name: str, content: bytes | bytearray, home: Home) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    fd = os.open(
+        name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder
+    )
+    with open(fd, "wb", buffering=0) as file:
+        os.fchown(fd, home.uid, home.gid)
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
 
 
 def _arrange(stage: Path, home: Home, held: Mapping[str, str]) -> None:

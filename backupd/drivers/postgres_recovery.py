@@ -36,6 +36,7 @@ _HBA = "backupd_hba.conf"
 SPACES = "backupd_tablespaces"
 _AUTO = "postgresql.auto.conf"
 MAP = "tablespace_map"
+WAL = "pg_wal"
 _VERSION = "PG_VERSION"
 _CONF = "postgresql.conf"
 ANEW = frozenset({_VERSION, _AUTO, MAP, REPORT, _HBA, "recovery.signal", "standby.signal", "postmaster.pid"})
@@ -344,7 +345,7 @@ def last_files(
     return [(name, text.encode(errors="surrogateescape")) for name, text in files.items()]
 
 
-def closing_tar(
+def closing_files(
     point: RecoveryPoint,
     logs: Iterable[tuple[LogSpan, bytes]],
     home: Home,
@@ -352,11 +353,21 @@ def closing_tar(
     wanted: Target,
     replayed: Replayed,
     kernel: tuple[int, ...],
+) -> Iterator[tuple[str, bytes | bytearray]]:
+    """The log, and what makes it a cluster: what follows on a base, by its path in the data directory, each the
+    caller's until the next is asked for."""
+    for name, content in wal_files(logs, point, replayed):
+        yield f"{WAL}/{name}", content
+    yield from last_files(point, home, held, wanted, replayed, kernel)
+
+
+def whole_tar(
+    archive: Archive, home: Home, held: Mapping[str, str], closing: Iterable[tuple[str, bytes | bytearray]]
 ) -> Iterator[Bytes]:
-    """The log, and what makes it a cluster, in the same tar as the base, where that comes in one, as each costs the
-    engine a program of its own: where anything fails before, the engine never sees it."""
-    yield from home.files(wal_files(logs, point, replayed), below=f"{home.inside}pg_wal/")
-    yield from home.files(last_files(point, home, held, wanted, replayed, kernel), below=home.inside)
+    """A base and what follows on it in one tar, as each costs the engine a program of its own. Where anything fails
+    before its end, the engine never sees that."""
+    yield from data_tar(archive, home, held)
+    yield from home.files(closing, below=home.inside)
     yield END
 
 
