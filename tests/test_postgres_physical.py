@@ -277,7 +277,7 @@ def test_a_cluster_comes_back_whole(
         monkeypatch.setattr(postgres_physical, "reached", lambda *_: None)
     else:
         monkeypatch.setattr(
-            postgres_physical, "data_tar", lambda *_: pytest.fail("its volume was not reached")
+            postgres_physical, "whole_tar", lambda *_: pytest.fail("its volume was not reached")
         )
     service = start_server(
         "archive_mode=on", "archive_command=touch /tmp/archived", "max_prepared_transactions=4"

@@ -34,8 +34,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from backupd.drivers._tarstream import IteratorFile
-from backupd.drivers.postgres_base import PAGE_SIZE, PAGED, one_tar
+from backupd.drivers.postgres_apart import BaseApart
+from backupd.drivers.postgres_base import PAGE_SIZE, PAGED
 from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
 from backupd.drivers.postgres_logical import PostgresLogical
@@ -62,12 +62,8 @@ from backupd.drivers.postgres_recovery import (
 )
 from backupd.drivers.postgres_replication import (
     MANIFEST,
-    BaseBackup,
-    Replication,
     Server,
-    ServerRefused,
     System,
-    base_backup_command,
     position_of,
     server_from_url,
     talking,
@@ -76,7 +72,6 @@ from backupd.drivers.postgres_sql import hint_for, instant
 from backupd.errors import BackupdError, CaptureFailed, ContainerError, NoRecoveryPoint, RestoreFailed
 from backupd.model import (
     Archive,
-    Bytes,
     Capture,
     Container,
     ContainerSpec,
@@ -131,6 +126,7 @@ clients wait: of 500 transactions a second the slowest hundredth took 283 ms ins
 not take longer than pgBackRest's by its own defaults: one process and gzip, which does 75 MB in a second."""
 
 
+_BUFFER = 1 << 16  # bytes: larger pieces go past it
 CATCH_UP = 4
 """A log that fell behind is caught up at this part of `max_rate`: it is read from the disk that commits wait for, and
 no backup window waits for it."""
@@ -199,35 +195,40 @@ class PostgresPhysical:
     def _capture(self, earlier: Archive | None) -> Iterator[Capture]:
         source = self._source
         with contextlib.ExitStack() as held, failing_as(CaptureFailed, "PostgreSQL cannot be captured"):
+            base = held.enter_context(contextlib.closing(BaseApart()))
             with talking():
                 server = source.server()
                 sql = held.enter_context(contextlib.closing(server.connect()))
                 about = _ask(sql, ABOUT)
                 recorded = sql.execute(SLOT, [source.slot]).fetchone()
                 ensure_slot(server, source.slot)
-                wire = held.enter_context(server.replicate())
-                system = wire.identify()
-                history = wire.timeline_history(system.timeline)
-                backup, onto = _begin(source, wire, manifest_of(earlier, about, system))
-            if backup.timeline != system.timeline:
+                with server.replicate() as wire:
+                    system = wire.identify()
+                    history = wire.timeline_history(system.timeline)
+                base.begin(
+                    server, manifest=manifest_of(earlier, about, system),
+                    more={f"pg_wal/{system.timeline:08X}.history": history}, label=_label(source.name),
+                    verify=source.verify, max_rate=source.max_rate,
+                )  # fmt: skip
+            if base.reason:
+                log.info("%s: all is captured this time, not only what changed: %s", source.name, base.reason)
+            if base.timeline != system.timeline:
                 raise CaptureFailed("the server changed its timeline just now", hint="run the backup again")
-            more = {f"pg_wal/{system.timeline:08X}.history": history}
-            tar = _reading(one_tar(backup.messages(), more, onto=onto), wire)
-            file = cast("BinaryIO", io.BufferedReader(IteratorFile(tar), 1 << 20))
+            file = cast("BinaryIO", io.BufferedReader(base, _BUFFER))
             capture = Capture(
-                TarStream(file, paged=PAGED, page_size=PAGE_SIZE, onto=onto),
+                TarStream(file, paged=PAGED, page_size=PAGE_SIZE, onto=base.onto),
                 instant=datetime.now(UTC),
-                attributes=_attributes(about, system, backup, history, source.image()),
+                attributes=_attributes(about, system, base.start, history, source.image()),
             )
             capture.attributes["recorded"] = bool(recorded and recorded[1])
             if not capture.attributes["recorded"]:
                 capture.warnings.append(
                     "nothing records the log of this source now: it cannot be restored until `backupd serve` has"
                 )
-            if onto and earlier is not None:
+            if base.onto and earlier is not None:
                 capture.attributes["changed_since"] = earlier.point.id
             yield capture
-            end = _finish(capture, backup, sql)
+            end = _finish(capture, base, sql)
             ask_to_store(sql, source.slot, end)
 
     # --- the log -------------------------------------------------------------------------------------
@@ -330,38 +331,19 @@ class PostgresPhysical:
 # --- parts -------------------------------------------------------------------------------------------------
 
 
-def manifest_of(earlier: Archive | None, about: Mapping[str, Any], system: System) -> bytes | None:
-    """Of the base that a server may be asked to continue; None where it has to send all. Raises Damaged."""
+def manifest_of(earlier: Archive | None, about: Mapping[str, Any], system: System) -> bytes:
+    """Of the base that a server may be asked to continue; empty where it has to send all. Raises Damaged."""
     if earlier is None or not about["summarizes"] or about["block"] != PAGE_SIZE:
-        return None
+        return b""
     if earlier.point.attributes.get("system_identifier") != system.identifier:
-        return None
+        return b""
     with contextlib.suppress(NoRecoveryPoint):
         return b"".join(earlier.read(MANIFEST))
-    return None
+    return b""
 
 
-def _begin(source: PhysicalSource, wire: Replication, manifest: bytes | None) -> tuple[BaseBackup, bool]:
-    """A base backup of what changed since the one of this manifest, else of all; whether it is the former.
-
-    A server refuses where it has no summaries that reach back so far, as it removes them after ten days.
-    """
-
-    def begun(*, incremental: bool) -> BaseBackup:
-        label = f"backupd {source.name}"[:60].replace("'", "")
-        command = base_backup_command(
-            wire.version, label=label, verify=source.verify, max_rate=source.max_rate, incremental=incremental
-        )
-        return wire.base_backup(command)
-
-    if manifest is not None:
-        try:
-            wire.upload_manifest(manifest)
-            return begun(incremental=True), True
-        except ServerRefused as error:
-            wire.query_rest()
-            log.info("%s: all is captured this time, not only what changed: %s", source.name, error.message)
-    return begun(incremental=False), False
+def _label(name: str) -> str:
+    return f"backupd {name}"[:60].replace("'", "")
 
 
 def shortcomings(about: Mapping[str, Any], name: str, slot: Sequence[Any] | None) -> list[Problem]:
@@ -414,7 +396,7 @@ def shortcomings(about: Mapping[str, Any], name: str, slot: Sequence[Any] | None
 
 
 def _attributes(
-    about: Mapping[str, Any], system: System, backup: BaseBackup, history: str, image: str
+    about: Mapping[str, Any], system: System, start: int, history: str, image: str
 ) -> dict[str, Json]:
     return {
         "mode": "pitr",
@@ -430,30 +412,13 @@ def _attributes(
         "settings": about["settings"],
         "wal_segment_size": about["segment"],
         "epoch": system.epoch,
-        "start": backup.start,
+        "start": start,
     }
 
 
-def _reading(chunks: Iterator[Bytes], wire: Replication) -> Iterator[Bytes]:
-    """The tar, failing as a capture does."""
-    try:
-        with talking():
-            yield from chunks
-    except ServerRefused as error:
-        if "checksum verification" in error.message:
-            first = f" ({wire.warnings[0]})" if wire.warnings else ""
-            raise CaptureFailed(
-                f"the server found damaged pages{first}",
-                hint="keep the earlier points, and look at the server's log for file and block before anything else",
-            ) from error
-        raise CaptureFailed(
-            f"the base backup failed: {error.message}", hint=hint_for(error.message)
-        ) from error
-
-
-def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...]]) -> int:
+def _finish(capture: Capture, base: BaseApart, sql: Connection[tuple[Any, ...]]) -> int:
     """The instant and the end, which is returned, once every byte was read. Raises CaptureFailed where one was not."""
-    if backup.end is None:
+    if base.end is None:
         raise CaptureFailed("the base backup was not read to its end")
     with talking():
         row = sql.execute(ANCHOR).fetchone()
@@ -463,8 +428,8 @@ def _finish(capture: Capture, backup: BaseBackup, sql: Connection[tuple[Any, ...
             hint="a standby that has replayed nothing: wait, or use the primary",
         )
     capture.instant = row[0].astimezone(UTC)
-    capture.attributes["sent"] = backup.sent
-    capture.attributes["end"] = end = max(backup.end, position_of(row[1]))
+    capture.attributes["sent"] = base.sent
+    capture.attributes["end"] = end = max(base.end, position_of(row[1]))
     return end
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from itertools import takewhile
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from backupd.chain import Need, chains, cover, still_there
 from backupd.errors import Damaged, ObjectMissing
+from backupd.log import carry
 from backupd.logs.piece import HEAD, Header, decode, decode_frame, decode_header, header_length
 from backupd.model import Anchor, LogMark, LogSpan
 from backupd.repository import Repository, log_key
@@ -22,16 +25,30 @@ LOG_FOLDER = "backupd-log"
 
 AGAIN = 3
 """Times that what was planned is looked for anew, when compaction was faster."""
+_AHEAD = 2  # pieces
 _NAPS = (0.05, 0.5)
 """Seconds between two looks for a log that is waited for: the first, and the longest. Each lists what is stored."""
 
 
 def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
     """The log of these spans, some MiB at a time, each piece beginning where the one before ended; one may be empty,
-    with what is known of how long nothing followed.
+    with what is known of how long nothing followed. The next ones are read meanwhile.
 
     Where compaction has put another object in the place of one, that is read. Raises Damaged for a hole.
     """
+    pieces = _pieces(repository, spans)
+    step = carry(lambda: next(pieces, None))
+    with ThreadPoolExecutor(1, thread_name_prefix="log") as reader:
+        waiting = deque(reader.submit(step) for _ in range(_AHEAD))
+        try:
+            while (piece := waiting.popleft().result()) is not None:
+                waiting.append(reader.submit(step))
+                yield piece
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
+def _pieces(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
     if not spans:
         return
     first, position, end = spans[0], spans[0].start, max(span.end for span in spans)
