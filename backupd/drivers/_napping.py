@@ -9,17 +9,9 @@ _LITTLE = 1 << 15
 """Bytes."""
 _NAP = 0.02
 """Seconds. What comes meanwhile lies in the kernel's buffers; of 100 MB/s two may lie in the server's."""
-_PAUSE = 0.004
-"""Seconds, of a base: to wake for every message, while others compress, costs a fifth of the time; after 0.01 the
-server has waited for us."""
 
 
 def let_more_come(came: int) -> None:
     """Wait for a moment, where only so few bytes came."""
     if came < _LITTLE:
         time.sleep(_NAP)
-
-
-def let_some_come() -> None:
-    """Wait for a moment, where much comes and all of it was read."""
-    time.sleep(_PAUSE)

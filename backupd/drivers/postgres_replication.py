@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from backupd.drivers._napping import let_more_come, let_some_come
+from backupd.drivers._napping import let_more_come
 from backupd.errors import CommandFailed, UsageError
 
 if TYPE_CHECKING:
@@ -258,20 +258,15 @@ class Replication:
         return None
 
     def _copied(self) -> Iterator[memoryview]:
-        came = True
         while True:
             size, data = self._pg.get_copy_data(1)
             if size > 0:
-                came = True
                 yield data
-                continue
-            if size < 0:
-                return  # a failure shows in the next result
-            if not came:
+            elif size == 0:
                 self._wait(None)
-                let_some_come()
-            came = False
-            self._pg.consume_input()  # two messages at most
+                self._pg.consume_input()
+            else:
+                return  # a failure shows in the next result
 
     # --- the log
 
