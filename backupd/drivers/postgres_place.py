@@ -8,11 +8,9 @@ directory a cluster: it comes with the last files.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from backupd.drivers.postgres_base import TABLESPACES
@@ -21,8 +19,6 @@ from backupd.errors import RestoreFailed
 from backupd.model import Archive, Container
 
 STAGE = "backupd-restore"
-_FLUSH = 1.0
-"""Seconds between two flushes of what was written."""
 
 
 def reached(container: Container, home: Home) -> Path | None:
@@ -39,8 +35,7 @@ def lay_base(archive: Archive, home: Home, held: Mapping[str, str], place: Path)
     then nothing of it is there."""
     stage = place / STAGE
     try:
-        with _flushed(place):
-            archive.extract(stage)
+        archive.extract(stage)
         _arrange(stage, home, held)
         _give(stage, home)
         data = _made(place, home)
@@ -54,28 +49,6 @@ def lay_base(archive: Archive, home: Home, held: Mapping[str, str], place: Path)
         ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _flushed(place: Path) -> Iterator[None]:
-    """Have what is written go to the disk meanwhile: the server flushes all of it before it replays, and would wait for
-    some GB that the kernel had held back, as it may a tenth of the memory."""
-    syncfs = ctypes.CDLL(None).syncfs
-    ended = threading.Event()
-    handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def flush() -> None:
-        while not ended.wait(_FLUSH):
-            syncfs(handle)  # a failure is the server's to meet, which does it again
-
-    thread = threading.Thread(target=flush, name="flush", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        os.close(handle)
 
 
 def lay_files(files: Iterable[tuple[str, bytes | bytearray]], home: Home, place: Path) -> None:
