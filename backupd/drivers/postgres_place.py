@@ -64,7 +64,7 @@ def lay_files(files: Iterable[tuple[str, bytes | bytearray]], home: Home, place:
             _lay(folders[folder], name, content, home)
     except OSError as error:
         raise RestoreFailed(
-            f"the log could not be laid into {place}: {error.strerror}",
+            f"what follows on the base could not be laid into {place}: {error.strerror}",
             hint="mend the cause, and restore again",
         ) from None
     finally:
