@@ -179,6 +179,12 @@ def test_what_the_server_says_comes_as_it_was_said(server: Server) -> None:
         base.begin(wrong, manifest=b"", more={}, label="x", verify=True, max_rate=0)
 
 
+def test_a_fault_of_its_own_is_told(server: Server) -> None:
+    with contextlib.closing(BaseApart()) as base, pytest.raises(CaptureFailed, match="TypeError") as failure:
+        base.begin(server, manifest=b"", more={}, nonsense=1)
+    assert "report it" in failure.value.hint
+
+
 def test_a_connection_that_breaks_fails_the_capture(server: Server) -> None:
     with contextlib.closing(begun(server, rate=SLOW)) as base:
         with psycopg.connect(**server.parameters, dbname="app") as connection:  # type: ignore[arg-type]

@@ -106,6 +106,13 @@ def _receive(asked: Mapping[str, Any], manifest: bytes, slots: Slots, tell: Call
     except BackupdError as error:
         refused = isinstance(error, ServerRefused)
         tell(FAILED, message=error.message, hint=error.hint, refused=refused, warnings=warnings[:1])
+    except BrokenPipeError:
+        pass  # nobody wants it any more
+    except Exception as error:  # noqa: BLE001 - nobody else would hear of it
+        tell(
+            FAILED, message=f"the base backup failed: {type(error).__name__}: {error}",
+            hint="this is a bug in backupd: please report it", refused=False, warnings=[],
+        )  # fmt: skip
 
 
 def _main() -> None:
@@ -126,8 +133,7 @@ def _main() -> None:
     manifest = bytearray()
     while len(manifest) < asked["manifest"] and (piece := source.read(asked["manifest"] - len(manifest))):
         manifest += piece
-    with contextlib.suppress(BrokenPipeError):  # nobody wants it any more
-        _receive(asked, bytes(manifest), Slots(asked["memory"], 0, filled), tell)
+    _receive(asked, bytes(manifest), Slots(asked["memory"], 0, filled), tell)
 
 
 def _line(source: io.FileIO) -> bytes:
