@@ -140,7 +140,7 @@ def test_a_receiver_that_is_killed_ends_the_capture(server: Server) -> None:
 
 def test_a_base_that_nobody_wants_any_more_ends_on_the_server_too(server: Server) -> None:
     base = begun(server, rate=SLOW)
-    assert senders(server) == 1
+    bed.wait_until(lambda: senders(server) == 1, timeout=30, what="the only one")
     base.close()
     base.close()
     assert is_gone(base.pid)
