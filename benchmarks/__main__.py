@@ -13,7 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.measure import ToolFailed
+from benchmarks.measure import MEMORY, ToolFailed
 from benchmarks.parts import MANY_FILES, PARTS, Asked, say
 from benchmarks.peers import all_tools, install_peers
 from benchmarks.tools import Tool
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if not options.no_install:
         install_peers()
     tools = _tools(options.tools)
+    MEMORY.made_ready = not options.small
     # Not /tmp, which is memory on many machines: the peers write to a disk there would be no comparison else.
     base = Path(options.work or "/var/tmp")
     base.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,16 @@ _EVERY = 0.05  # seconds between looks at memory: 0.1 ms of work each
 _TOUCHED = 3 << 30
 
 
+@dataclass(slots=True)
+class Memory:
+    """Whether memory is made ready before each run: some seconds, of no use where only is tried what works."""
+
+    made_ready: bool = False
+
+
+MEMORY = Memory()
+
+
 class ToolFailed(Exception):
     """A program that was measured ended badly: the whole benchmark is void."""
 
@@ -46,7 +56,7 @@ def run(
     that are made ready for it."""
     with log.open("wb") as out:
         os.sync()  # the writeback of whoever ran before is not this one's to wait for
-        _touch_memory(touched)
+        _touch_memory(touched if MEMORY.made_ready else 0)
         started = time.perf_counter()
         process = subprocess.Popen(argv, cwd=cwd, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
         watch = _Watch(process.pid)
