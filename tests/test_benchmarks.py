@@ -69,7 +69,9 @@ def test_a_small_benchmark_tells_medians_and_ratios_and_leaves_nothing(
         assert medians["grown 1% changed, bytes"] > 0
     assert {row["peer"] for row in told["trees"]["goals"]} == {"tar|zstd", ""}
     assert told["versions"]["backupd"].startswith("backupd ")
-    assert set(told["start"]["medians"]) == {"python", "backupd --version"}
+    start = told["start"]["medians"]
+    assert min(start.values()) > 0  # which is less is told, and not for a busy machine to decide
+    assert told["start"]["more"] == start["backupd --version"] - start["python"]
     said = capsys.readouterr().out
     assert "| full, s" in said
     assert "goals met" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import marshal
 import os
@@ -49,7 +50,7 @@ class ExtractApart:
         )  # fmt: skip
         self._ready: bool | None = None
         self._in = cast("BinaryIO", self._process.stdin)
-        self._out = cast("BinaryIO", self._process.stdout)
+        self._out = io.BufferedReader(cast("io.RawIOBase", self._process.stdout))
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._in, fcntl.F_SETPIPE_SZ, _PIPE)
         # Where it has ended at once, that is told when it is asked.
@@ -115,12 +116,9 @@ class ExtractApart:
         return answer
 
     def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            piece = self._out.read(size - len(data))
-            if not piece:
-                raise RestoreFailed(
-                    "a process that writes files was killed", hint="is there memory enough? restore again"
-                )
-            data += piece
+        data = self._out.read(size)
+        if len(data) != size:
+            raise RestoreFailed(
+                "a process that writes files was killed", hint="is there memory enough? restore again"
+            )
         return data

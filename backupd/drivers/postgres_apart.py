@@ -43,7 +43,7 @@ class BaseApart(io.RawIOBase):
             start_new_session=True,  # Ctrl-C is for the agent, which ends it
         )  # fmt: skip
         self._in = cast("BinaryIO", self._process.stdin)
-        self._out = cast("BinaryIO", self._process.stdout)
+        self._out = io.BufferedReader(cast("io.RawIOBase", self._process.stdout))
         self._start = 0  # of the slot at hand
         self._at = self._filled = 0  # in it: what was read, and what there is
         # where it is installed to be edited, a hook finds it
@@ -57,12 +57,10 @@ class BaseApart(io.RawIOBase):
         """Ask for it; returns when the server's checkpoint is done. `manifest`: of the base that it may continue;
         `more`: files to come with it; `how`: of `base_backup_command`. Raises ServerRefused, CaptureFailed."""
         asked = {
-            "parameters": dict(server.parameters),
-            "how": how,
-            "more": dict(more),
-            "memory": self._memory,
-        }
-        self._say({**asked, "manifest": len(manifest)}, manifest)
+            "parameters": dict(server.parameters), "how": how, "more": dict(more), "memory": self._memory,
+            "manifest": len(manifest),
+        }  # fmt: skip
+        self._say(asked, manifest)
         _, told = self._hear()
         self.start, self.timeline = told["start"], told["timeline"]
         self.onto, self.reason = told["onto"], told["reason"]
@@ -130,15 +128,12 @@ class BaseApart(io.RawIOBase):
         return kind, told
 
     def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            piece = self._out.read(size - len(data))
-            if not piece:
-                raise CaptureFailed(
-                    "the process that receives the base backup was killed",
-                    hint="is there memory enough? back up again",
-                )
-            data += piece
+        data = self._out.read(size)
+        if len(data) != size:
+            raise CaptureFailed(
+                "the process that receives the base backup was killed",
+                hint="is there memory enough? back up again",
+            )
         return data
 
 

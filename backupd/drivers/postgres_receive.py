@@ -116,8 +116,9 @@ def _receive(asked: Mapping[str, Any], manifest: bytes, slots: Slots, tell: Call
 
 
 def _main() -> None:
-    """Where the modules are comes first, as they take time to load; then what is asked, and a manifest behind it."""
-    source, out = io.FileIO(0, closefd=False), io.FileIO(1, "w", closefd=False)
+    """Where the modules are comes first, as they take time to load; then what is asked, and a manifest behind it. Slots
+    are given back through the same pipe, but none before something was told: what is read ahead here is only that."""
+    source, out = sys.stdin.buffer, io.FileIO(1, "w", closefd=False)
 
     def tell(kind: int, **what: Any) -> None:
         data = json.dumps(what).encode()
@@ -126,22 +127,12 @@ def _main() -> None:
     def filled(size: int) -> None:
         out.write(TOLD.pack(FILLED, size))
 
-    sys.path[:] = json.loads(_line(source))
+    sys.path[:] = json.loads(source.readline())
     import psycopg  # noqa: F401  it takes the longest
 
-    asked = json.loads(_line(source))
-    manifest = bytearray()
-    while len(manifest) < asked["manifest"] and (piece := source.read(asked["manifest"] - len(manifest))):
-        manifest += piece
-    _receive(asked, bytes(manifest), Slots(asked["memory"], 0, filled), tell)
-
-
-def _line(source: io.FileIO) -> bytes:
-    """Up to the line's end and no further."""
-    line = bytearray()
-    while not line.endswith(b"\n") and (byte := source.read(1)):
-        line += byte
-    return bytes(line)
+    asked = json.loads(source.readline())
+    manifest = source.read(asked["manifest"])
+    _receive(asked, manifest, Slots(asked["memory"], source.fileno(), filled), tell)
 
 
 if __name__ == "__main__":

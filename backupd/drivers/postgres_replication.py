@@ -421,8 +421,6 @@ class BaseBackup:
         self._connection = connection
         self.start = start
         self.timeline = timeline
-        self.tablespaces = {oid: path for oid, path in tablespaces if oid != BASE}
-        """OID -> where the server has it."""
         self._parts = [oid for oid, _ in tablespaces]
         self.sent = 0
         """Bytes that came."""

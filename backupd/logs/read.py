@@ -38,14 +38,14 @@ def read_logs(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tupl
     """
     pieces = _pieces(repository, spans)
     step = carry(lambda: next(pieces, None))
-    with ThreadPoolExecutor(1, thread_name_prefix="log") as reader:
+    reader = ThreadPoolExecutor(1, thread_name_prefix="log")
+    try:
         waiting = deque(reader.submit(step) for _ in range(_AHEAD))
-        try:
-            while (piece := waiting.popleft().result()) is not None:
-                waiting.append(reader.submit(step))
-                yield piece
-        finally:
-            reader.shutdown(cancel_futures=True)
+        while (piece := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(step))
+            yield piece
+    finally:
+        reader.shutdown(cancel_futures=True)
 
 
 def _pieces(repository: Repository, spans: Sequence[LogSpan]) -> Iterator[tuple[LogSpan, bytes]]:
