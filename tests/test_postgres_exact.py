@@ -115,7 +115,7 @@ def live(home: Home, service: bed.Service) -> tuple[dict[int, Row], datetime, da
             large.commit()
         with serving(home) as second:
             bed.wait_until(
-                lambda: bool(one(service, "SELECT bool_or(active) FROM pg_replication_slots")),
+                lambda: bool(one(service, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")),
                 timeout=30, what="the second agent",
             )  # fmt: skip
             with connect(service) as connection:
@@ -158,7 +158,8 @@ def history(module_services: bed.Services, tmp_path_factory: pytest.TempPathFact
     prepare(service)
     with connect(service) as connection:
         connection.execute(
-            "CREATE TABLE t(n int PRIMARY KEY, committing xid DEFAULT pg_current_xact_id()::xid)"
+            "CREATE TABLE t(n int PRIMARY KEY, committing xid DEFAULT pg_current_xact_id()::xid, "
+            "pad text DEFAULT repeat('x', 500))"  # so much that the agent leaves the server now and then
         )
         connection.execute("CREATE TABLE bulk(n int)")
     home = Home(tmp_path_factory.mktemp("history"))

@@ -46,6 +46,7 @@ from backupd.drivers.postgres_recorder import (
     PostgresRecorder,
     ask_to_store,
     ensure_slot,
+    is_recorded,
     retained_by,
     slot_name,
 )
@@ -200,7 +201,7 @@ class PostgresPhysical:
                 server = source.server()
                 sql = held.enter_context(contextlib.closing(server.connect()))
                 about = _ask(sql, ABOUT)
-                recorded = sql.execute(SLOT, [source.slot]).fetchone()
+                recorded = is_recorded(sql, source.slot)
                 ensure_slot(server, source.slot)
                 with server.replicate() as wire:
                     system = wire.identify()
@@ -220,8 +221,8 @@ class PostgresPhysical:
                 instant=datetime.now(UTC),
                 attributes=_attributes(about, system, base.start, history, source.image()),
             )
-            capture.attributes["recorded"] = bool(recorded and recorded[1])
-            if not capture.attributes["recorded"]:
+            capture.attributes["recorded"] = recorded
+            if not recorded:
                 capture.warnings.append(
                     "nothing records the log of this source now: it cannot be restored until `backupd serve` has"
                 )

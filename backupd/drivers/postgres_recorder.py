@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PIECE = 8 << 20
 """Bytes after which a piece is stored, however young it is."""
 _ANCHOR_EVERY = 0.25
+_BUSY = 128 << 10  # bytes a second: some hundred small transactions
 _SLOT_LOOKS = 100  # a tenth of a second apart
 _COMPARED = 8192  # bytes before where recording goes on: in a page of log are checksums, transactions, times
 _TELLING = 512  # of them that are not 0: at the end of a segment that was switched there are none
@@ -61,6 +62,15 @@ FROM pg_replication_slots WHERE slot_name = %s
 """
 RUNNING = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
 """To the microsecond: a copy was started at another."""
+HOLD = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+HOLDER = """
+SELECT a.pid, a.usename = current_user AND a.state_change < clock_timestamp()
+    - CASE current_setting('wal_sender_timeout') WHEN '0' THEN interval '1 minute'
+      ELSE current_setting('wal_sender_timeout')::interval END
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended(%s, 0)
+"""
 SEGMENT_SIZE = "SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'"
 
 
@@ -173,6 +183,29 @@ def ensure_slot(server: Server, name: str) -> int:
     return position_of(str(found[0]))
 
 
+def hold(sql: Connection[tuple[Any, ...]], slot: str) -> None:
+    """Be the one recorder of the slot for as long as the connection lasts. Raises ServerRefused where another is.
+
+    The slot itself excludes others only while its log is streamed, and a busy server is left now and then. Who fell
+    silent is put out after the time in which the server ends a stream that nobody reads.
+    """
+    row = sql.execute(HOLD, [slot]).fetchone()
+    if row is not None and row[0]:
+        return
+    holder = sql.execute(HOLDER, [slot]).fetchone()
+    if holder is None:
+        raise ServerRefused(f"replication slot {slot} was held just now", hint="it is tried again by itself")
+    pid, silent = holder
+    if silent:
+        sql.execute("SELECT pg_terminate_backend(%s)", [pid])
+    raise ServerRefused(f"replication slot {slot} is active for PID {pid}")
+
+
+def is_recorded(sql: Connection[tuple[Any, ...]], slot: str) -> bool:
+    """Whether somebody records through the slot now, from wherever."""
+    return sql.execute(HOLDER, [slot]).fetchone() is not None
+
+
 def ask_to_store(sql: Connection[tuple[Any, ...]], slot: str, position: int) -> None:
     """Tell the slot's recorder, whatever process it is in, that somebody waits for the log up to here: it does not
     let its interval pass. A standby passes nothing on; then it does."""
@@ -247,8 +280,9 @@ class PostgresRecorder:
     def _record(
         self, server: Server, since: LogSpan | None, sink: LogSink, stop: threading.Event, *, gap: str
     ) -> None:
-        held = ensure_slot(server, self._slot)
         with talking(), server.replicate() as wire, contextlib.closing(server.connect()) as sql:
+            hold(sql, self._slot)
+            held = ensure_slot(server, self._slot)
             system = wire.identify()
             row = sql.execute(SEGMENT_SIZE).fetchone()
             segment = int(row[0]) if row else 16 << 20
@@ -291,6 +325,8 @@ class _Flow:
         self._since = 0.0  # when the first of what waits came
         self._stored = 0  # position
         self._anchored = 0.0
+        self._seen = 0  # position of the server at the last anchor
+        self._busy = False
         self._awaited = 0  # position that somebody waits for: see `ask_to_store`
 
     def run(self, start: Beginning, stop: threading.Event, gap: str, tail: bytes) -> None:
@@ -313,7 +349,7 @@ class _Flow:
             self._stored = position
             if streams:
                 self._wire.report(position)
-                if self._stream(stop):
+                if self._stream(timeline, stop):
                     return
             timeline, position = self._wire.next_timeline()
 
@@ -339,15 +375,25 @@ class _Flow:
             self._waiting.append(memoryview(seen)[len(tail) :])
             self._size, self._since = len(seen) - len(tail), time.monotonic()
 
-    def _stream(self, stop: threading.Event) -> bool:
-        """True when told to stop, False when the timeline has ended."""
+    def _stream(self, timeline: int, stop: threading.Event) -> bool:
+        """True when told to stop, False when the timeline has ended.
+
+        A server sends its log at each commit, however slowly it is read: some thousand times a second, which took 16 %
+        of a load that fills the processors. So a busy one is left for a moment whenever all of it was read, and sends
+        in large pieces what came meanwhile (3 %). One that does little is not left: what is committed last before it
+        is shut down waits in the stream until it is stored.
+        """
         tick = min(self._interval, _ANCHOR_EVERY)
         reported = time.monotonic()
+        left = False
         while not stop.is_set():
             self._anchor(tick)
             data = self._receive(tick, stop)
             now = time.monotonic()
             if data is None:
+                if left and self._come_back(timeline, tick, stop):
+                    left, reported = False, now
+                    continue
                 self._store()
                 return False
             if data:
@@ -361,7 +407,19 @@ class _Flow:
             elif now - reported >= _REPORT_EVERY:
                 self._wire.report(self._stored)
                 reported = now
+            if self._busy and not left and self._wire.received >= self._seen:
+                self._wire.leave()
+                left = True
         self._store()
+        return True
+
+    def _come_back(self, timeline: int, tick: float, stop: threading.Event) -> bool:
+        """After a moment; False where the timeline has ended meanwhile."""
+        stop.wait(tick)
+        self._anchor(0)
+        if not self._wire.start(self._slot, self._wire.received, timeline):
+            return False
+        self._wire.report(self._stored)
         return True
 
     def _receive(self, tick: float, stop: threading.Event) -> memoryview | None:
@@ -387,12 +445,15 @@ class _Flow:
 
     def _anchor(self, tick: float) -> None:
         now = time.monotonic()
-        if now - self._anchored < tick:
+        passed = now - self._anchored
+        if passed < tick:
             return
         self._anchored = now
         row = self._sql.execute(ANCHOR).fetchone()
         if row is not None and row[0] is not None and row[1] is not None:
             position = position_of(row[1])
+            self._busy = bool(self._seen) and position - self._seen >= _BUSY * passed
+            self._seen = position
             self._pace.seen(time.monotonic(), position)
             self._sink.anchor(row[0].astimezone(UTC), position)
 

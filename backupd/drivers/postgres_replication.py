@@ -175,6 +175,7 @@ class Replication:
         self.tail: list[list[str]] = []
         """The rows that came last where a COPY could have come."""
         self._flushed = 0
+        self._streaming = False
         self._came = 0  # bytes of the log since the last look at the socket
 
     def __enter__(self) -> Replication:
@@ -274,10 +275,12 @@ class Replication:
         """Stream WAL from exactly `position`; False where the timeline ended there. Raises ServerRefused."""
         from psycopg.pq import ExecStatus
 
+        self.query_rest()  # of a stream that was left
         self._send(f"START_REPLICATION SLOT {slot} PHYSICAL {position_text(position)} TIMELINE {timeline}")
         result = self._result()
         self.received = position
         if result is not None and result.status == ExecStatus.COPY_BOTH:
+            self._streaming = True
             return True
         self.tail = _rows(result) if result is not None else []
         return False
@@ -314,9 +317,18 @@ class Replication:
                 self._came = 0
                 self._pg.consume_input()
 
+    def leave(self) -> None:
+        """Ask the server to end the stream: `receive` gives what is on its way, then None. Then it can be started
+        again at `received`."""
+        self._streaming = False
+        self._pg.put_copy_end()
+        self._flush()
+
     def report(self, flushed: int) -> None:
-        """Tell what is durable here: the server may let go of everything before it."""
+        """Tell what is durable here: the server may let go of everything before it. Outside a stream it is not told."""
         self._flushed = flushed
+        if not self._streaming:
+            return
         now = int((time.time() - _EPOCH) * 1e6)
         # nothing is applied: this is no standby that a commit could wait for with `remote_apply`
         self._pg.put_copy_data(b"r" + struct.pack("!QQQqB", self.received, flushed, 0, now, 0))
@@ -329,8 +341,7 @@ class Replication:
         """
         if not self.tail:
             with contextlib.suppress(Exception):
-                self._pg.put_copy_end()
-                self._flush()
+                self.leave()
             while (result := self._result()) is not None:
                 self.tail += _rows(result)
         if not self.tail:
