@@ -90,7 +90,7 @@ def _pgbench(name: str, clients: int, seconds: int) -> Turn:
 
 @contextmanager
 def _receiver(name: str) -> Iterator[None]:
-    """The least that any recorder costs: it writes what comes into files, and flushes and compresses nothing."""
+    """It writes what comes into files, and flushes and compresses nothing; but it takes it at each commit."""
     argv = ["pg_receivewal", "-h", address(name), "-U", "postgres", "-D", "/tmp", "--no-sync"]
     with container(POSTGRES_IMAGE, *argv):
         ask = "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'pg_receivewal'"

@@ -12,11 +12,9 @@ import io
 import json
 import marshal
 import os
-import subprocess
-import sys
 from typing import Any, BinaryIO, cast
 
-import backupd
+from backupd import apart
 from backupd.archive import extract_frame
 from backupd.archive.extract_frame import ANSWER, DAMAGED, JOB, READY, REFUSED, Job
 from backupd.archive.pack import BLOB
@@ -39,15 +37,8 @@ class ExtractApart:
     """One process. `root` is an open directory."""
 
     def __init__(self, root: int, codec: str) -> None:
-        ours = os.path.dirname(
-            os.path.dirname(backupd.__file__)
-        )  # where it is installed to be edited, a hook finds it
-        request = {"root": root, "codec": codec, "blob": BLOB.format, "path": [ours, *sys.path]}
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", extract_frame.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, pass_fds=(root,), bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the agent, which ends it
-        )  # fmt: skip
+        request = {"root": root, "codec": codec, "blob": BLOB.format, "path": apart.import_path()}
+        self._process = apart.start(extract_frame.__file__, root, bufsize=0)
         self._ready: bool | None = None
         self._in = cast("BinaryIO", self._process.stdin)
         self._out = io.BufferedReader(cast("io.RawIOBase", self._process.stdout))

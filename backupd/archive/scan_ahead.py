@@ -12,10 +12,10 @@ import contextlib
 import fcntl
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, cast
 
+from backupd import apart
 from backupd.archive import scan
 from backupd.archive.scan import END, KNOWN, PAGE, RECORD
 from backupd.codec import DIGEST_SIZE
@@ -59,15 +59,9 @@ class ScanAhead:
             "exclude": content.exclude,
             "one_file_system": content.one_file_system,
             "digest_size": DIGEST_SIZE,
-            "path": sys.path,
+            "path": apart.import_path(),
         }
-        import subprocess  # 3 ms
-
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", scan.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, pass_fds=(root,),
-            start_new_session=True,  # Ctrl-C is for the agent, which may finish what it is at
-        )  # fmt: skip
+        self._process = apart.start(scan.__file__, root)
         self._out = cast("BinaryIO", self._process.stdout)
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._out, fcntl.F_SETPIPE_SZ, _PIPE)

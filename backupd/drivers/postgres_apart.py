@@ -7,13 +7,10 @@ import io
 import json
 import mmap
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
-import backupd
+from backupd import apart
 from backupd.drivers import postgres_receive
 from backupd.drivers.postgres_receive import ENDED, FAILED, FILLED, SLOT, SLOTS, TOLD
 from backupd.drivers.postgres_replication import Server, ServerRefused
@@ -37,17 +34,12 @@ class BaseApart(io.RawIOBase):
         self._memory = os.memfd_create("backupd-base")
         os.ftruncate(self._memory, SLOT * SLOTS)
         self._slots = mmap.mmap(self._memory, SLOT * SLOTS)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", postgres_receive.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, pass_fds=(self._memory,), bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the agent, which ends it
-        )  # fmt: skip
+        self._process = apart.start(postgres_receive.__file__, self._memory, bufsize=0)
         self._in = cast("BinaryIO", self._process.stdin)
         self._out = io.BufferedReader(cast("io.RawIOBase", self._process.stdout))
         self._start = 0  # of the slot at hand
         self._at = self._filled = 0  # in it: what was read, and what there is
-        # where it is installed to be edited, a hook finds it
-        self._say([str(Path(backupd.__file__).parents[1]), *sys.path])
+        self._say(apart.import_path())
 
     @property
     def pid(self) -> int:
