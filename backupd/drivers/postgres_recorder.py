@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
@@ -183,22 +183,33 @@ def ensure_slot(server: Server, name: str) -> int:
     return position_of(str(found[0]))
 
 
-def hold(sql: Connection[tuple[Any, ...]], slot: str) -> None:
-    """Be the one recorder of the slot for as long as the connection lasts. Raises ServerRefused where another is.
+@contextlib.contextmanager
+def holding(sql: Connection[tuple[Any, ...]], slot: str) -> Iterator[None]:
+    """Be the one recorder of the slot. Raises ServerRefused where another is.
 
     The slot itself excludes others only while its log is streamed, and a busy server is left now and then. Who fell
     silent is put out after the time in which the server ends a stream that nobody reads.
     """
     row = sql.execute(HOLD, [slot]).fetchone()
-    if row is not None and row[0]:
-        return
+    if row is None or not row[0]:
+        raise _is_held(sql, slot)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # a connection that is gone holds nothing
+            sql.execute("SELECT pg_advisory_unlock_all()")
+
+
+def _is_held(sql: Connection[tuple[Any, ...]], slot: str) -> ServerRefused:
     holder = sql.execute(HOLDER, [slot]).fetchone()
     if holder is None:
-        raise ServerRefused(f"replication slot {slot} was held just now", hint="it is tried again by itself")
+        return ServerRefused(
+            f"replication slot {slot} was in use just now", hint="it is tried again by itself"
+        )
     pid, silent = holder
     if silent:
         sql.execute("SELECT pg_terminate_backend(%s)", [pid])
-    raise ServerRefused(f"replication slot {slot} is active for PID {pid}")
+    return ServerRefused(f"replication slot {slot} is active for PID {pid}")
 
 
 def is_recorded(sql: Connection[tuple[Any, ...]], slot: str) -> bool:
@@ -280,8 +291,12 @@ class PostgresRecorder:
     def _record(
         self, server: Server, since: LogSpan | None, sink: LogSink, stop: threading.Event, *, gap: str
     ) -> None:
-        with talking(), server.replicate() as wire, contextlib.closing(server.connect()) as sql:
-            hold(sql, self._slot)
+        with (
+            talking(),
+            server.replicate() as wire,
+            contextlib.closing(server.connect()) as sql,
+            holding(sql, self._slot),
+        ):
             held = ensure_slot(server, self._slot)
             system = wire.identify()
             row = sql.execute(SEGMENT_SIZE).fetchone()
