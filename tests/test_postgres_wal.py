@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from backupd.drivers.postgres_base import one_tar
 from backupd.drivers.postgres_physical import PhysicalSource, PostgresPhysical
-from backupd.drivers.postgres_recorder import beginning, comparable, fork_of, slot_name
+from backupd.drivers.postgres_recorder import beginning, comparable, fork_of
 from backupd.drivers.postgres_recovery import (
     Replayed,
     Target,
@@ -34,6 +34,7 @@ from backupd.drivers.postgres_replication import (
     position_text,
     server_from_url,
 )
+from backupd.drivers.postgres_slot import slot_name
 from backupd.drivers.postgres_wal import (
     PAGE,
     Ended,

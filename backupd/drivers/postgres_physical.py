@@ -11,8 +11,8 @@ cannot use it. Where the server refuses, it sends all.
 **Instant.** After the base the server's clock is read, then its position. That position is the point's `end`: the
 base is consistent from there on, and all that was acknowledged before the instant lies at or before it.
 
-**Log.** A physical slot (`postgres_recorder`). A base is worth nothing without the log from its `start` to its
-`end`, so a capture makes the slot where there is none.
+**Log.** A physical slot (`postgres_slot`, `postgres_recorder`). A base is worth nothing without the log from its
+`start` to its `end`, so a capture makes the slot where there is none.
 
 **Rights.** A role that may replicate; it reads no table:
 
@@ -40,16 +40,7 @@ from backupd.drivers.postgres_client import InContainer, ask_server, failing_as
 from backupd.drivers.postgres_dump import OLDEST, Source
 from backupd.drivers.postgres_logical import PostgresLogical
 from backupd.drivers.postgres_place import lay_base, lay_files, reached
-from backupd.drivers.postgres_recorder import (
-    ANCHOR,
-    SLOT,
-    PostgresRecorder,
-    ask_to_store,
-    ensure_slot,
-    is_recorded,
-    retained_by,
-    slot_name,
-)
+from backupd.drivers.postgres_recorder import ANCHOR, PostgresRecorder
 from backupd.drivers.postgres_recovery import (
     STARTING,
     Replayed,
@@ -68,6 +59,14 @@ from backupd.drivers.postgres_replication import (
     position_of,
     server_from_url,
     talking,
+)
+from backupd.drivers.postgres_slot import (
+    SLOT,
+    ask_to_store,
+    ensure_slot,
+    is_recorded,
+    retained_by,
+    slot_name,
 )
 from backupd.drivers.postgres_sql import hint_for, instant
 from backupd.errors import BackupdError, CaptureFailed, ContainerError, NoRecoveryPoint, RestoreFailed

@@ -8,11 +8,9 @@ the last moments before an anchor may lie behind it, as they may be lost in a cr
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any
@@ -27,9 +25,9 @@ from backupd.drivers.postgres_replication import (
     position_text,
     talking,
 )
+from backupd.drivers.postgres_slot import SLOT, ensure_slot, holding
 from backupd.drivers.postgres_wal import epoch_parts
 from backupd.model import LogSink, LogSpan
-from backupd.retained import Retained
 
 if TYPE_CHECKING:
     from psycopg import Connection, Notify
@@ -43,6 +41,10 @@ _COMPARED = 8192  # bytes before where recording goes on: in a page of log are c
 _TELLING = 512  # of them that are not 0: at the end of a segment that was switched there are none
 _MOST = 32 << 20  # bytes: a segment of 16 MiB, and what was begun of the next
 _ANSWERS = 30.0  # seconds
+_QUIET, _REST = (
+    1.0,
+    10.0,
+)  # seconds without log, and in all, until a server that is shut down has sent what it had
 _REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
 
 ANCHOR = """
@@ -52,34 +54,9 @@ SELECT CASE WHEN pg_is_in_recovery()
          THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text
 """
 """The clock first, the position second. A standby knows only what it has replayed."""
-SLOT = """
-SELECT restart_lsn::text, active, wal_status = 'lost' FROM pg_replication_slots WHERE slot_name = %s
-"""
-RETAINED = """
-SELECT coalesce(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
-         - restart_lsn, 0)::bigint, safe_wal_size, wal_status = 'lost'
-FROM pg_replication_slots WHERE slot_name = %s
-"""
 RUNNING = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint::text"
 """To the microsecond: a copy was started at another."""
-HOLD = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
-HOLDER = """
-SELECT a.pid, a.usename = current_user AND a.state_change < clock_timestamp()
-    - CASE current_setting('wal_sender_timeout') WHEN '0' THEN interval '1 minute'
-      ELSE current_setting('wal_sender_timeout')::interval END
-FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-  AND (l.classid::bigint << 32 | l.objid::bigint) = hashtextextended(%s, 0)
-"""
 SEGMENT_SIZE = "SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'"
-
-
-def slot_name(source: str) -> str:
-    """A name the server takes: [a-z0-9_], at most 63. A source whose own name is none gets a digest behind it."""
-    plain = re.sub(r"[^a-z0-9_]", "_", source.lower())
-    if plain != source or len(plain) > 40:
-        plain = f"{plain[:40]}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-    return f"backupd_{plain}"
 
 
 # --- where to begin ----------------------------------------------------------------------------------------
@@ -164,75 +141,6 @@ def fork_of(history: str, timeline: int) -> int | None:
         if len(fields) >= 2 and fields[0].strip() == str(timeline):
             return position_of(fields[1].strip())
     return None
-
-
-def ensure_slot(server: Server, name: str) -> int:
-    """The position that the slot holds; made where it is missing, made anew where its WAL was given up."""
-    with talking(), contextlib.closing(server.connect()) as sql, server.replicate() as wire:
-        found = sql.execute(SLOT, [name]).fetchone()
-        if found is not None and found[2] and not found[1]:
-            wire.drop_slot(name)
-            found = None
-        if found is None:
-            wire.create_slot(name)
-            found = sql.execute(SLOT, [name]).fetchone()
-    if found is None or found[0] is None:
-        raise ServerRefused(
-            f"the replication slot {name} holds no WAL", hint="is it of another kind? drop it"
-        )
-    return position_of(str(found[0]))
-
-
-@contextlib.contextmanager
-def holding(sql: Connection[tuple[Any, ...]], slot: str) -> Iterator[None]:
-    """Be the one recorder of the slot. Raises ServerRefused where another is.
-
-    The slot itself excludes others only while its log is streamed, and a busy server is left now and then. Who fell
-    silent is put out after the time in which the server ends a stream that nobody reads.
-    """
-    row = sql.execute(HOLD, [slot]).fetchone()
-    if row is None or not row[0]:
-        raise _is_held(sql, slot)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(Exception):  # a connection that is gone holds nothing
-            sql.execute("SELECT pg_advisory_unlock_all()")
-
-
-def _is_held(sql: Connection[tuple[Any, ...]], slot: str) -> ServerRefused:
-    holder = sql.execute(HOLDER, [slot]).fetchone()
-    if holder is None:
-        return ServerRefused(
-            f"replication slot {slot} was in use just now", hint="it is tried again by itself"
-        )
-    pid, silent = holder
-    if silent:
-        sql.execute("SELECT pg_terminate_backend(%s)", [pid])
-    return ServerRefused(f"replication slot {slot} is active for PID {pid}")
-
-
-def is_recorded(sql: Connection[tuple[Any, ...]], slot: str) -> bool:
-    """Whether somebody records through the slot now, from wherever."""
-    return sql.execute(HOLDER, [slot]).fetchone() is not None
-
-
-def ask_to_store(sql: Connection[tuple[Any, ...]], slot: str, position: int) -> None:
-    """Tell the slot's recorder, whatever process it is in, that somebody waits for the log up to here: it does not
-    let its interval pass. A standby passes nothing on; then it does."""
-    with contextlib.suppress(ServerRefused), talking():
-        sql.execute("SET synchronous_commit TO local")  # a word to ourselves waits for no standby
-        sql.execute("SELECT pg_notify(%s, %s)", [slot, str(position)])
-
-
-def retained_by(server: Server, name: str) -> Retained | None:
-    """What the slot holds back; None where there is none. Raises ServerRefused."""
-    with talking(), contextlib.closing(server.connect()) as sql:
-        row = sql.execute(RETAINED, [name]).fetchone()
-    if row is None:
-        return None
-    size, room, lost = row
-    return Retained(max(0, int(size)), None if room is None else max(0, int(room)), bool(lost))
 
 
 class _OtherLog(ServerRefused):
@@ -347,6 +255,8 @@ class _Flow:
     def run(self, start: Beginning, stop: threading.Event, gap: str, tail: bytes) -> None:
         """Until stopped, through every change of timeline. `tail`: what the server must have before the beginning.
         Nothing is told to the sink before the server sends: who comes second to a slot is refused there."""
+        import psycopg
+
         system, timeline, position = start.system, start.timeline, start.position
         claimed = False
         self._listen()
@@ -364,8 +274,12 @@ class _Flow:
             self._stored = position
             if streams:
                 self._wire.report(position)
-                if self._stream(timeline, stop):
-                    return
+                try:
+                    if self._stream(timeline, stop):
+                        return
+                except psycopg.Error:
+                    self._take_the_rest()
+                    raise
             timeline, position = self._wire.next_timeline()
 
     def _running(self) -> str:
@@ -387,8 +301,7 @@ class _Flow:
                 f"the server has another log before {position_text(position)} than what was recorded"
             )
         if len(seen) > len(tail):
-            self._waiting.append(memoryview(seen)[len(tail) :])
-            self._size, self._since = len(seen) - len(tail), time.monotonic()
+            self._take(memoryview(seen)[len(tail) :])
 
     def _stream(self, timeline: int, stop: threading.Event) -> bool:
         """True when told to stop, False when the timeline has ended.
@@ -412,9 +325,7 @@ class _Flow:
                 self._store()
                 return False
             if data:
-                self._since = self._since if self._waiting else now
-                self._waiting.append(data)
-                self._size += len(data)
+                self._take(data)
             awaited = self._stored < self._awaited <= self._stored + self._size
             if self._size >= PIECE or awaited or (self._waiting and now - self._since >= self._interval):
                 self._store()
@@ -436,6 +347,26 @@ class _Flow:
             return False
         self._wire.report(self._stored)
         return True
+
+    def _take_the_rest(self) -> None:
+        """A server that is shut down ends its sessions first, and then sends what was committed until then."""
+        import psycopg
+
+        ends = time.monotonic() + _REST
+        with contextlib.suppress(ServerRefused, psycopg.Error):
+            while time.monotonic() < ends and (data := self._wire.receive(_QUIET)):
+                self._take(data)
+                if self._size >= PIECE:
+                    self._store()
+        with contextlib.suppress(
+            ServerRefused, psycopg.Error
+        ):  # it is stored; nobody may be there to be told
+            self._store()
+
+    def _take(self, data: memoryview) -> None:
+        self._since = self._since if self._waiting else time.monotonic()
+        self._waiting.append(data)
+        self._size += len(data)
 
     def _receive(self, tick: float, stop: threading.Event) -> memoryview | None:
         """As `Replication.receive`; nothing while it is too soon to read on."""
