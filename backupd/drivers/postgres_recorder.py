@@ -41,10 +41,8 @@ _COMPARED = 8192  # bytes before where recording goes on: in a page of log are c
 _TELLING = 512  # of them that are not 0: at the end of a segment that was switched there are none
 _MOST = 32 << 20  # bytes: a segment of 16 MiB, and what was begun of the next
 _ANSWERS = 30.0  # seconds
-_QUIET, _REST = (
-    1.0,
-    10.0,
-)  # seconds without log, and in all, until a server that is shut down has sent what it had
+_QUIET = 1.0  # seconds without log: then a server that is shut down has sent what it had
+_REST = 10.0  # seconds: at most so long it may send on
 _REPORT_EVERY = 10.0  # seconds; a walsender gives up a receiver that is silent for a minute
 
 ANCHOR = """
@@ -358,9 +356,7 @@ class _Flow:
                 self._take(data)
                 if self._size >= PIECE:
                     self._store()
-        with contextlib.suppress(
-            ServerRefused, psycopg.Error
-        ):  # it is stored; nobody may be there to be told
+        with contextlib.suppress(ServerRefused, psycopg.Error):  # nobody may be there to be told
             self._store()
 
     def _take(self, data: memoryview) -> None:
