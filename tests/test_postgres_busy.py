@@ -75,8 +75,11 @@ def test_a_busy_server_is_left_between_looks_and_its_log_is_whole(start_server: 
         with load(service):
             time.sleep(1)
             seen = streamed(service)
-            assert sum(seen) < len(seen) / 2  # most of the time it is left alone
-            assert one(service, BEHIND.format("backupd_orders")) < one(service, BEHIND.format("kept")) / 2
+            assert seen.count(False) > len(seen) / 4  # it is left alone, mostly for much longer
+            bed.wait_until(
+                lambda: one(service, BEHIND.format("backupd_orders")) < one(service, BEHIND.format("kept")) / 2,
+                timeout=20, what="room for the server",
+            )  # fmt: skip
         end = position_of(one(service, FLUSHED))
         bed.wait_until(lambda: log.end >= end, timeout=20, what="the rest")
     with connect(service) as connection:
@@ -114,8 +117,7 @@ def test_the_last_commits_before_a_shutdown_are_stored_where_the_load_has_ended(
     with pytest.raises(ServerRefused), recording(driver_of(service), log, interval=3600) as recorder:
         with load(service):
             time.sleep(1)
-        bed.wait_until(lambda: all(streamed(service, 10)), timeout=20, what="the stream")
-        assert all(streamed(service))
+        bed.wait_until(lambda: all(streamed(service)), timeout=40, what="the stream, and nothing but it")
         with connect(service) as connection:
             connection.execute("INSERT INTO t VALUES ('last')")
         last = position_of(one(service, FLUSHED))
@@ -127,14 +129,14 @@ def test_the_last_commits_before_a_shutdown_are_stored_where_the_load_has_ended(
 
 def test_a_recorder_that_fell_silent_is_put_out(start_server: Start) -> None:
     """Its host is gone, or it stands still: nobody told the server."""
-    service = start_server("wal_sender_timeout=3s")
+    service = start_server("wal_sender_timeout=6s")
     slot = slot_name("orders")
     with contextlib.closing(driver_of(service)._source.server().connect()) as silent:
         silent.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [slot])
         with pytest.raises(ServerRefused, match="is active for PID"):
             try_to_record(service)
         assert silent.execute("SELECT 1").fetchone() == (1,)  # not yet
-        time.sleep(3.5)
+        time.sleep(6.5)
         with pytest.raises(ServerRefused, match="is active for PID"):
             try_to_record(service)
         log = Log()
