@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backupd.archive.patterns import compile_patterns
@@ -115,6 +115,7 @@ def covered(pattern: str, path: list[str], is_dir: bool) -> bool:
     return False
 
 
+@example(["a/*"], ["a"], True)
 @given(st.lists(patterns, max_size=3), paths, st.booleans())
 def test_excludes_agree_with_the_rules(excludes: list[str], path: list[str], is_dir: bool) -> None:
     """The compiled expressions against a recursion over the parts."""

@@ -102,6 +102,8 @@ def _leading(parts: list[str]) -> str:
 
 def _name(part: str) -> str:
     """The expression for one name of a path."""
+    if not part.strip("*"):
+        return "[^/]+"  # no name is empty: `cache/*` is not the directory `cache/` itself
     made, at = "", 0
     while at < len(part):
         letter = part[at]
