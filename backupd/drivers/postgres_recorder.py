@@ -348,15 +348,13 @@ class _Flow:
 
     def _take_the_rest(self) -> None:
         """A server that is shut down ends its sessions first, and then sends what was committed until then."""
-        import psycopg
-
         ends = time.monotonic() + _REST
-        with contextlib.suppress(ServerRefused, psycopg.Error):
+        with contextlib.suppress(ServerRefused), talking():
             while time.monotonic() < ends and (data := self._wire.receive(_QUIET)):
                 self._take(data)
                 if self._size >= PIECE:
                     self._store()
-        with contextlib.suppress(ServerRefused, psycopg.Error):  # nobody may be there to be told
+        with contextlib.suppress(ServerRefused), talking():  # nobody may be there to be told
             self._store()
 
     def _take(self, data: memoryview) -> None:
